@@ -1,0 +1,1 @@
+"""The UniSpeech-SAT family in torch: the published classes, and the streaming encoder."""

@@ -1,0 +1,1 @@
+"""What subscribers receive, and how."""
