@@ -1,0 +1,64 @@
+# Every target sets itself up: it makes .venv once, and again when pyproject.toml or
+# constraints.txt change. `make demo` installs what runs, the others also what develops.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST ?=                       # more arguments for pytest: make test PYTEST="-k turns"
+BENCH  ?= $(wildcard benchmarks/*.py)
+
+# package:what shows that it is there:what is off without it
+SYSTEM := \
+	"libportaudio2:libportaudio.so.2:the microphone (livesat listen, livesat devices) and its tests" \
+	"pulseaudio:pulseaudio:the fake-microphone tests" \
+	"pulseaudio-utils:pactl:the fake-microphone tests" \
+	"libasound2-plugins:/usr/share/doc/libasound2-plugins:the fake-microphone tests" \
+	"mosquitto:mosquitto:the MQTT tests against a real broker"
+
+.PHONY: help setup demo test check bench build schema clean
+
+help:
+	@echo "make demo    watch the demo conversation live in this terminal, then its score"
+	@echo "make test    all tests            make check   lint, types, imports, schema"
+	@echo "make bench   measure              make build   wheel and sdist in dist/"
+	@echo "make setup   .venv with everything a developer needs"
+
+$(BIN)/python:
+	@.ci/python $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing livesat and its dependencies into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing livesat and the developer tools into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@ $(VENV)/.runtime
+
+setup: $(VENV)/.dev
+	@.ci/system $(SYSTEM)
+
+demo: $(VENV)/.runtime
+	@$(BIN)/livesat demo
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m sinks.schema --check
+
+schema: $(VENV)/.dev
+	$(BIN)/python -m sinks.schema
+
+bench: $(VENV)/.dev
+	@set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file; done
+
+build: $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist
