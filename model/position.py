@@ -1,0 +1,66 @@
+"""The convolutional position embedding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from model.config import UniSpeechSatConfig
+from model.features import activation
+
+
+class PositionalConvEmbedding(nn.Module):
+    """A grouped, weight-normed convolution over frames stands for position.
+
+    Source: ``UniSpeechSatPositionalConvEmbedding``; wav2vec 2.0 (arXiv 2006.11477), section 2.
+    """
+
+    def __init__(self, config: UniSpeechSatConfig) -> None:
+        super().__init__()
+        kernel = config.num_conv_pos_embeddings
+        self.conv = parametrizations.weight_norm(
+            nn.Conv1d(
+                config.hidden_size,
+                config.hidden_size,
+                kernel,
+                groups=config.num_conv_pos_embedding_groups,
+            ),
+            dim=2,
+        )
+        self.activation = activation(config.feat_extract_activation)
+        self.history = kernel // 2
+        """Frames before a frame that its embedding sees."""
+        self.future = kernel - 1 - kernel // 2
+        """Frames after it; one fewer than `history` when the kernel is even."""
+        self._weight: tuple[tuple[int, int, int], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whole utterance: zeros stand before and after it. x: [B, T, D] → [B, T, D]"""
+        return self.window(F.pad(x, (0, 0, self.history, 0)))
+
+    def window(self, x: Tensor) -> Tensor:
+        """Embeddings of all but the first ``history`` frames; zeros stand after the last.
+
+        x: [B, history + W, D] → [B, W, D]
+        """
+        x = F.pad(x.transpose(1, 2), (0, self.future))
+        x = F.conv1d(x, self.weight(), self.conv.bias, groups=self.conv.groups)
+        return self.activation(x).transpose(1, 2)
+
+    def weight(self) -> Tensor:
+        """The normed weight [D, D / groups, kernel].
+
+        Norming the published 4.7 M weights costs as much as a step of the convolution, so without
+        gradients it is done once for each state of the parameters.
+        """
+        if torch.is_grad_enabled():
+            return self.conv.weight
+        g, v = (getattr(self.conv.parametrizations.weight, f"original{i}") for i in (0, 1))  # pyright: ignore
+        key = (v.data_ptr(), _version(g), _version(v))
+        if self._weight is None or self._weight[0] != key:
+            self._weight = (key, self.conv.weight.detach().clone())
+        return self._weight[1]
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version  # inference tensors never change
