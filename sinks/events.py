@@ -1,23 +1,29 @@
 """The events subscribers receive: one frozen model a type, a union told apart by ``type``.
 
 Times are float seconds on the session's clock, rounded to the microsecond. ``seq`` counts the
-events of a session without a gap, so that a subscriber can tell a loss from silence.
+events of a session without a gap, so that a subscriber can tell a loss from silence. Delivery is
+at least once: a subscriber drops what it has seen by ``id``, which is ``session_id:seq``.
+
+A new event is one class, one member of `Event` and one value of `EventType`. The JSON Schema and
+the AsyncAPI document in ``docs/schema/`` are written from these classes by ``sinks.schema``.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter
 
 SCHEMA_VERSION: Final = 1
 
 
-class Model(BaseModel):
-    """Frozen, and closed to unknown keys: a typo in a producer is an error, not a lost field."""
+class Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """Frozen; an unknown key or a number JSON cannot hold is the producer's error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The options are class arguments because a type checker reads those: only a frozen field may be
+    narrowed by a subclass, as every event narrows ``type``.
+    """
 
 
-class Envelope(Model):
+class Envelope(Model, frozen=True):
     """What every event carries."""
 
     type: str
@@ -37,7 +43,7 @@ class Envelope(Model):
         return f"{self.session_id}:{self.seq}"
 
 
-class Speaker(Model):
+class Speaker(Model, frozen=True):
     """Who: the session's label, and the enrolled person if there is one."""
 
     label: str = Field(description='The session\'s name for this voice: "S1", "S2", …')
@@ -46,7 +52,7 @@ class Speaker(Model):
     margin: float | None = Field(default=None, description="Score less the runner-up's.")
 
 
-class Word(Model):
+class Word(Model, frozen=True):
     """One word with its times on the session's clock."""
 
     word: str
@@ -56,14 +62,14 @@ class Word(Model):
     speaker: str | None = Field(default=None, description="Label of the speaker, if known.")
 
 
-class Latency(Model):
+class Latency(Model, frozen=True):
     """Algorithmic latency of the encoder: a frame waits for its chunk and the look-ahead."""
 
     chunk_ms: int
     lookahead_ms: int
 
 
-class SessionOpened(Envelope):
+class SessionOpened(Envelope, frozen=True):
     """First event of a session."""
 
     type: Literal["session.opened"] = "session.opened"
@@ -73,7 +79,7 @@ class SessionOpened(Envelope):
     resume_token: str
 
 
-class SessionClosed(Envelope):
+class SessionClosed(Envelope, frozen=True):
     """Last event of a session."""
 
     type: Literal["session.closed"] = "session.closed"
@@ -81,19 +87,19 @@ class SessionClosed(Envelope):
     totals: dict[str, float] = Field(description="audio_s, speakers, turns, words, gaps, …")
 
 
-class SpeechStarted(Envelope):
+class SpeechStarted(Envelope, frozen=True):
     """Someone began to speak after silence."""
 
     type: Literal["speech.started"] = "speech.started"
 
 
-class SpeechEnded(Envelope):
+class SpeechEnded(Envelope, frozen=True):
     """Everyone fell silent."""
 
     type: Literal["speech.ended"] = "speech.ended"
 
 
-class TurnStarted(Envelope):
+class TurnStarted(Envelope, frozen=True):
     """A speaker began a turn; the label is provisional until the voice is known."""
 
     type: Literal["turn.started"] = "turn.started"
@@ -103,7 +109,7 @@ class TurnStarted(Envelope):
     overlap: bool = False
 
 
-class TurnUpdated(Envelope):
+class TurnUpdated(Envelope, frozen=True):
     """A turn goes on, or its speaker is known better."""
 
     type: Literal["turn.updated"] = "turn.updated"
@@ -113,7 +119,7 @@ class TurnUpdated(Envelope):
     overlap: bool = False
 
 
-class TurnEnded(Envelope):
+class TurnEnded(Envelope, frozen=True):
     """A turn with its final bounds: what RTTM holds."""
 
     type: Literal["turn.ended"] = "turn.ended"
@@ -122,7 +128,7 @@ class TurnEnded(Envelope):
     overlap: bool = False
 
 
-class SpeakerIdentified(Envelope):
+class SpeakerIdentified(Envelope, frozen=True):
     """A label was compared with the enrolled voices."""
 
     type: Literal["speaker.identified"] = "speaker.identified"
@@ -133,7 +139,7 @@ class SpeakerIdentified(Envelope):
     evidence_s: float
 
 
-class SpeakerRevised(Envelope):
+class SpeakerRevised(Envelope, frozen=True):
     """Past turns belong to another label than was said."""
 
     type: Literal["speaker.revised"] = "speaker.revised"
@@ -143,7 +149,7 @@ class SpeakerRevised(Envelope):
     reason: Literal["merged", "split", "identified"]
 
 
-class TranscriptPartial(Envelope):
+class TranscriptPartial(Envelope, frozen=True):
     """Words so far; later ones may replace them."""
 
     type: Literal["transcript.partial"] = "transcript.partial"
@@ -153,7 +159,7 @@ class TranscriptPartial(Envelope):
     turn_id: str | None = None
 
 
-class TranscriptFinal(Envelope):
+class TranscriptFinal(Envelope, frozen=True):
     """Words that will not change."""
 
     type: Literal["transcript.final"] = "transcript.final"
@@ -162,7 +168,7 @@ class TranscriptFinal(Envelope):
     turn_id: str | None = None
 
 
-class Label(Envelope):
+class Label(Envelope, frozen=True):
     """A window classified by a sequence-classification head."""
 
     type: Literal["label"] = "label"
@@ -172,7 +178,7 @@ class Label(Envelope):
     window: float = Field(description="Seconds of audio the label speaks for.")
 
 
-class Gap(Envelope):
+class Gap(Envelope, frozen=True):
     """Audio that was lost: the clock goes on, the samples do not exist."""
 
     type: Literal["gap"] = "gap"
@@ -180,7 +186,7 @@ class Gap(Envelope):
     reason: Literal["overflow", "unplugged", "network", "non-finite"]
 
 
-class Heartbeat(Envelope):
+class Heartbeat(Envelope, frozen=True):
     """How the session is doing."""
 
     type: Literal["heartbeat"] = "heartbeat"
@@ -192,7 +198,7 @@ class Heartbeat(Envelope):
     dropped_partials: int = 0
 
 
-class Warning_(Envelope):
+class Warning_(Envelope, frozen=True):  # noqa: N801 - `Warning` is the builtin
     """Something a user should know of; the session goes on."""
 
     type: Literal["warning"] = "warning"
@@ -200,7 +206,7 @@ class Warning_(Envelope):
     message: str
 
 
-class Error_(Envelope):
+class Error_(Envelope, frozen=True):  # noqa: N801 - `Error` goes with it
     """Something failed; what, and what was expected."""
 
     type: Literal["error"] = "error"
@@ -228,6 +234,26 @@ Event = Annotated[
     Field(discriminator="type"),
 ]
 
+EventType = Literal[
+    "session.opened",
+    "session.closed",
+    "speech.started",
+    "speech.ended",
+    "turn.started",
+    "turn.updated",
+    "turn.ended",
+    "speaker.identified",
+    "speaker.revised",
+    "transcript.partial",
+    "transcript.final",
+    "label",
+    "gap",
+    "heartbeat",
+    "warning",
+    "error",
+]
+"""Every value of ``type``, for settings that choose among events; a test keeps it in step."""
+
 ADAPTER: Final[TypeAdapter[Event]] = TypeAdapter(Event)
 
 
@@ -240,6 +266,12 @@ def parse(data: str | bytes) -> Event:
     return ADAPTER.validate_json(data)
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of the union, as committed in ``docs/schema/``."""
-    return ADAPTER.json_schema()
+def dump(event: Event) -> bytes:
+    """One event → the JSON object subscribers receive: UTF-8, one line, no newline."""
+    return ADAPTER.dump_json(event)
+
+
+def members() -> list[type[Envelope]]:
+    """The classes of the union, in the order of the documentation."""
+    union = get_args(Event)[0]
+    return list(get_args(union))
