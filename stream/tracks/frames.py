@@ -44,7 +44,7 @@ class Frames:
         for name, array in (("activity", self.activity), ("ctc", self.ctc)):
             if array is not None:
                 shape = array.shape
-                assert len(shape) == 2 and shape[0] == self.rows, (
+                assert shape[:1] == (self.rows,), (
                     f"expected [{self.rows}, …] in Frames.{name}, got {shape}"
                 )
 

@@ -75,8 +75,11 @@ class SpeakersSettings(Settings):
     channel_bonus: float = Field(
         default=0.15, ge=0, description="Added for the speaker whom this local channel had last."
     )
+    channel_malus: float = Field(
+        default=0.1, ge=0, description="Taken off for speakers whom other channels had last."
+    )
     channel_memory_ms: int = Field(
-        default=5_000, ge=0, description="For how long a silent channel keeps that bonus."
+        default=5_000, ge=0, description="For how long a silent channel counts in both."
     )
     rival_ms: int = Field(
         default=200, ge=20, description="Overlap from which two turns cannot be one speaker."
@@ -97,7 +100,7 @@ class SpeakersSettings(Settings):
         default=0.2, ge=-1, le=1, description="A tentative turn moves from this score on."
     )
     history_turns: int = Field(
-        default=256, ge=0, description="Past turns whose embeddings are kept for revision."
+        default=256, ge=16, description="Past turns whose embeddings are kept for revision."
     )
 
 

@@ -1,0 +1,108 @@
+"""All tracks of one stream, advanced together frame by frame."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sinks.events import Event
+from stream.tracks.codec import pack, unpack
+from stream.tracks.frames import Frames, Vocabulary
+from stream.tracks.labels import Labels, LabelsState
+from stream.tracks.settings import TracksSettings
+from stream.tracks.turns import Embed, Stamp, Turns, TurnsState
+from stream.tracks.voices import Gallery, Voices, VoicesState
+from stream.tracks.words import Words, WordsState
+
+NOBODY = Gallery((), np.zeros((0, 0), np.float32))
+
+
+@dataclass
+class TracksState:
+    """All that the tracks of a stream know: plain data, small."""
+
+    turns: TurnsState = field(default_factory=TurnsState)
+    voices: VoicesState = field(default_factory=VoicesState)
+    words: WordsState = field(default_factory=WordsState)
+    labels: LabelsState = field(default_factory=LabelsState)
+
+
+class Tracks:
+    """Head outputs of one stream → events; sans-I/O.
+
+    Final events depend on the frames alone, not on how they were split into `Frames`.
+
+    Args:
+        settings: Thresholds.
+        embed: (mass, first, second) → [E] x-vector; None without that head.
+        vocabulary: Of the CTC head; None without that head.
+        voiceprints: The enrolled people to look for, if any.
+        stamp: (start sample, end sample) → envelope fields. It consumes a `seq`, so it is called
+            once an event, in order.
+        classes: Head name → labels, for the sequence-classification heads.
+    """
+
+    def __init__(
+        self,
+        settings: TracksSettings,
+        *,
+        embed: Embed | None = None,
+        vocabulary: Vocabulary | None = None,
+        voiceprints: Gallery | None = None,
+        stamp: Stamp,
+        classes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._embed = embed
+        self._vocabulary = vocabulary
+        self._gallery = voiceprints or NOBODY
+        self._stamp = stamp
+        self._classes = classes or {}
+        self._compose(TracksState())
+
+    def step(self, frames: Frames) -> list[Event]:
+        """Takes the next frames of the stream; what is known by now."""
+        events = self._turns.enter(frames)
+        if self._words is not None:
+            events.extend(self._words.enter(frames))
+        self._labels.enter(frames)
+        for row in range(frames.rows):
+            events.extend(self._turns.row(frames, row))
+            if self._words is not None:
+                events.extend(self._words.row(frames, row))
+            events.extend(self._labels.row(frames, row))
+        events.extend(self._turns.leave(frames))
+        if self._words is not None:
+            events.extend(self._words.leave())
+        return events
+
+    def flush(self, end: int) -> list[Event]:
+        """Ends all that is open: the stream ends at this sample."""
+        events = self._turns.flush(end)
+        if self._words is not None:
+            events.extend(self._words.flush())
+        return events
+
+    def state(self) -> bytes:
+        """Everything the tracks know, for `restore`."""
+        return pack(self._state)
+
+    def restore(self, data: bytes) -> None:
+        """Goes on where the tracks that gave this `state` were.
+
+        Raises:
+            ValueError: not such bytes, or of another version.
+        """
+        self._compose(unpack(TracksState, data))
+
+    def _compose(self, state: TracksState) -> None:
+        settings, stamp = self.settings, self._stamp
+        self._state = state
+        voices = Voices(settings, self._gallery, stamp, state=state.voices)
+        self._turns = Turns(settings, self._embed, stamp, voices=voices, state=state.turns)
+        self._words = None
+        if self._vocabulary is not None:
+            self._words = Words(
+                settings.words, self._vocabulary, self._turns, stamp, state=state.words
+            )
+        self._labels = Labels(settings.labels, self._classes, stamp, state=state.labels)

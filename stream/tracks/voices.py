@@ -1,0 +1,165 @@
+"""The session's speakers → enrolled people, with an explicit unknown."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinks.events import Event, SpeakerIdentified, SpeakerRevised
+from stream.tracks.settings import TracksSettings
+
+Stamp = Callable[[int, int], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """The enrolled people to look for.
+
+    Attributes:
+        names: One a person.
+        vectors: [people, E] each person's mean embedding, as the x-vector head gives it.
+    """
+
+    names: tuple[str, ...]
+    vectors: NDArray[np.float32]
+
+
+@dataclass
+class Verdict:
+    """What was said of a label.
+
+    Attributes:
+        identity: Enrolled name; None is unknown.
+        score: Cosine with that person, or with the nearest.
+        margin: Score less the runner-up's; the score itself if only one person is enrolled.
+    """
+
+    identity: str | None
+    score: float
+    margin: float
+
+
+@dataclass
+class VoicesState:
+    """Verdicts by label."""
+
+    verdicts: dict[int, Verdict] = field(default_factory=dict[int, Verdict])
+
+
+class Voices:
+    """Who of the enrolled a label is; sans-I/O.
+
+    An identity needs evidence, score and margin. Once given it is kept until score or margin fall
+    clearly below, so that it does not flicker.
+    """
+
+    def __init__(
+        self,
+        settings: TracksSettings,
+        gallery: Gallery,
+        stamp: Stamp,
+        *,
+        state: VoicesState | None = None,
+    ) -> None:
+        self.state = state or VoicesState()
+        self.settings = settings.voices
+        self._names = gallery.names
+        self._stamp = stamp
+        vectors = np.asarray(gallery.vectors, np.float64)
+        assert vectors.shape[:1] == (len(gallery.names),), (
+            f"expected {len(gallery.names)} voices, got {vectors.shape}"
+        )
+        if len(vectors) and settings.speakers.mean is not None:
+            vectors = vectors - np.asarray(settings.speakers.mean, np.float64)
+        norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        self._vectors = vectors / np.maximum(norms, 1e-9)
+
+    def identity(self, label: int) -> str | None:
+        """The enrolled name of a label; None if unknown or undecided."""
+        verdict = self.state.verdicts.get(label)
+        return None if verdict is None else verdict.identity
+
+    def twin(self, label: int) -> int | None:
+        """Another label that was found to be the same person."""
+        name = self.identity(label)
+        if name is None:
+            return None
+        for other, verdict in sorted(self.state.verdicts.items()):
+            if other != label and verdict.identity == name:
+                return other
+        return None
+
+    def observe(
+        self,
+        label: int,
+        vector: NDArray[np.float64],
+        evidence_s: float,
+        turns: list[str],
+        now: int,
+    ) -> list[Event]:
+        """Compares a label with the enrolled voices, if there is evidence enough.
+
+        Args:
+            label: Number of the speaker.
+            vector: [E] centred unit vector of all its speech.
+            evidence_s: Seconds of clean speech in that.
+            turns: Its turns that are over, for the revision when it gets an identity.
+            now: Sample of the decision.
+
+        Returns:
+            speaker.identified when the label is decided for the first time or otherwise, then
+            speaker.revised for its past turns if it now has a name.
+        """
+        if not self._names or evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
+            return []
+        before = self.state.verdicts.get(label)
+        verdict = self._judge(vector, None if before is None else before.identity)
+        self.state.verdicts[label] = verdict
+        if before is not None and before.identity == verdict.identity:
+            return []
+        events: list[Event] = [
+            SpeakerIdentified(
+                speaker=f"S{label}",
+                identity=verdict.identity,
+                score=round(verdict.score, 4),
+                margin=round(verdict.margin, 4),
+                evidence_s=round(evidence_s, 3),
+                **self._stamp(now, now),
+            )
+        ]
+        if verdict.identity is not None and turns:
+            was = None if before is None else before.identity
+            events.append(
+                SpeakerRevised(
+                    revision_of=turns,
+                    from_label=was or f"S{label}",
+                    to_label=verdict.identity,
+                    reason="identified",
+                    **self._stamp(now, now),
+                )
+            )
+        return events
+
+    def merged(self, source: int, target: int) -> None:
+        """Forgets a label that became another; the name of either is kept."""
+        gone = self.state.verdicts.pop(source, None)
+        kept = self.state.verdicts.get(target)
+        if gone is not None and (kept is None or kept.identity is None):
+            self.state.verdicts[target] = gone
+
+    def forget(self, label: int) -> None:
+        """The session has no such speaker any more; the number may get another voice."""
+        self.state.verdicts.pop(label, None)
+
+    def _judge(self, vector: NDArray[np.float64], current: str | None) -> Verdict:
+        scores = self._vectors @ vector
+        order = np.argsort(-scores, kind="stable")
+        best = int(order[0])
+        score = float(scores[best])
+        margin = score - float(scores[order[1]]) if len(order) > 1 else score
+        slack = self.settings.keep if self._names[best] == current else 0.0
+        known = score >= self.settings.threshold - slack
+        lead = margin >= self.settings.margin - slack or len(order) == 1
+        return Verdict(self._names[best] if known and lead else None, score, margin)
