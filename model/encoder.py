@@ -89,9 +89,14 @@ class PreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "unispeech_sat"
 
+    source: str | Path | None = None
+    """Where the weights were loaded from: a language's adapter is looked for there."""
+
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__()
         self.config = config
+        self.source: str | Path | None = None
+        """Where it was loaded from: its language adapters lie there, too."""
 
     @classmethod
     def from_pretrained(
@@ -154,11 +159,7 @@ class PreTrainedModel(nn.Module):
 
     def _init_module(self, module: nn.Module) -> None:
         if isinstance(module, PositionalConvEmbedding):
-            conv = module.conv
-            std = 2 * math.sqrt(1 / (conv.kernel_size[0] * conv.in_channels))
-            conv.weight = torch.randn_like(conv.weight) * std
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+            module.init_weights()
         elif isinstance(module, FeatureProjection):
             bound = math.sqrt(1 / module.projection.in_features)
             nn.init.uniform_(module.projection.weight, -bound, bound)
@@ -364,7 +365,7 @@ class UniSpeechSatModel(PreTrainedModel):
         wants_states = _chosen(output_hidden_states, config.output_hidden_states)
         wants_attentions = _chosen(output_attentions, config.output_attentions)
         features = self.feature_extractor(input_values, streaming).transpose(1, 2)
-        B, T, _ = features.shape
+        T = features.shape[1]
         exists = None
         if attention_mask is not None:
             exists = self.feature_attention_mask(T, attention_mask)

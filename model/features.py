@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from model.config import UniSpeechSatConfig
@@ -94,7 +95,7 @@ def carries(config: UniSpeechSatConfig) -> list[int]:
         least = kernel - stride
         if least < 0:
             raise ValueError(
-                f"conv_kernel, conv_stride: expected kernel ≥ stride to stream, got {kernel} < {stride}"
+                f"conv_kernel, conv_stride: expected kernel ≥ stride, got {kernel} < {stride}"
             )
         carry = least + (-(offset + least)) % stride
         kept.append(carry)

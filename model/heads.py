@@ -7,6 +7,7 @@ serve many heads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -170,7 +171,8 @@ class UniSpeechSatForCTC(HeadModel):
         assert config.vocab_size is not None
         if labels is not None and int(labels.max()) >= config.vocab_size:
             raise ValueError(
-                f"labels: expected ids below vocab_size ({config.vocab_size}), got {int(labels.max())}"
+                f"labels: expected ids below vocab_size ({config.vocab_size}), "
+                f"got {int(labels.max())}"
             )
         outputs, states = self._encode(
             input_values,
@@ -205,11 +207,14 @@ class UniSpeechSatForCTC(HeadModel):
                 zero_infinity=self.config.ctc_zero_infinity,
             )
 
-    def load_adapter(self, target_lang: str) -> None:
-        """Put another language's adapter and vocabulary head in place."""
+    def load_adapter(self, target_lang: str, path_or_id: str | Path | None = None) -> None:
+        """Put another language's adapter and vocabulary head in place.
+
+        ``path_or_id`` is where the model itself was loaded from unless given.
+        """
         from model.checkpoint import load_adapter
 
-        load_adapter(self, target_lang)
+        load_adapter(self, target_lang, path_or_id)
         self.target_lang = target_lang
 
 

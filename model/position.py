@@ -1,5 +1,8 @@
 """The convolutional position embedding."""
 
+import math
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,21 +21,29 @@ class PositionalConvEmbedding(nn.Module):
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__()
         kernel = config.num_conv_pos_embeddings
-        self.conv = parametrizations.weight_norm(
-            nn.Conv1d(
-                config.hidden_size,
-                config.hidden_size,
-                kernel,
-                groups=config.num_conv_pos_embedding_groups,
-            ),
-            dim=2,
+        conv = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            kernel,
+            groups=config.num_conv_pos_embedding_groups,
         )
+        # weight_norm gives the layer a class made at run time; its type stays Conv1d
+        self.conv: nn.Conv1d = cast("nn.Conv1d", parametrizations.weight_norm(conv, dim=2))
         self.activation = activation(config.feat_extract_activation)
         self.history = kernel // 2
         """Frames before a frame that its embedding sees."""
         self.future = kernel - 1 - kernel // 2
         """Frames after it; one fewer than `history` when the kernel is even."""
-        self._weight: tuple[tuple[int, int, int], Tensor] | None = None
+        self._weight: tuple[tuple[int, ...], Tensor] | None = None
+
+    def init_weights(self) -> None:
+        """Published initialisation."""
+        conv = self.conv
+        std = 2 * math.sqrt(1 / (conv.kernel_size[0] * conv.in_channels))
+        # assigned, not filled: the weight is computed from its norm and direction
+        conv.weight = torch.randn_like(conv.weight) * std  # pyright: ignore[reportAttributeAccessIssue]
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Whole utterance: zeros stand before and after it. x: [B, T, D] → [B, T, D]"""
@@ -55,12 +66,12 @@ class PositionalConvEmbedding(nn.Module):
         """
         if torch.is_grad_enabled():
             return self.conv.weight
-        g, v = (getattr(self.conv.parametrizations.weight, f"original{i}") for i in (0, 1))  # pyright: ignore
-        key = (v.data_ptr(), _version(g), _version(v))
+        key = tuple(_version(parameter) for parameter in self.conv.parameters())
         if self._weight is None or self._weight[0] != key:
             self._weight = (key, self.conv.weight.detach().clone())
         return self._weight[1]
 
 
 def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version  # inference tensors never change
+    """A number that changes when the parameter does; inference tensors never do."""
+    return parameter.data_ptr() if parameter.is_inference() else parameter._version

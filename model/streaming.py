@@ -15,7 +15,7 @@ from model.heads import (
     UniSpeechSatForSequenceClassification,
     UniSpeechSatForXVector,
 )
-from model.state import EncoderState, Slots, Window, rows_of
+from model.state import EncoderState, Slots, Window
 
 
 @dataclass
@@ -176,23 +176,22 @@ class StreamingModel:
         slots: Tensor | None,
         result: Pass,
     ) -> None:
-        if head is self.activity:
-            result.activity = self.activity.of(encoded)
-        elif head is self.ctc:
-            result.ctc = self.ctc.of(encoded)
-        elif head is self.labels:
-            result.labels = self.labels.of(encoded)
-        elif head is self.voice:
-            tdnn = state.tdnn[0]
-            for past in tdnn.past:  # a slot that begins anew forgets its TDNN frames as well
-                keep = ~encoded.reset.view(-1, 1, 1)
-                rows = rows_of(past, slots) * keep
-                past[slice(None) if slots is None else slots] = rows
-            result.voice = self.voice.step(encoded, tdnn, slots)
+        if isinstance(head, UniSpeechSatForAudioFrameClassification):
+            result.activity = head.of(encoded)
+        elif isinstance(head, UniSpeechSatForCTC):
+            result.ctc = head.of(encoded)
+        elif isinstance(head, UniSpeechSatForSequenceClassification):
+            result.labels = head.of(encoded)
+        elif isinstance(head, UniSpeechSatForXVector):
+            [tdnn] = state.tdnn
+            if bool(encoded.reset.any()):  # a slot that begins anew forgets its TDNN frames as well
+                rows = torch.arange(len(encoded.reset), device=encoded.reset.device)
+                tdnn.reset((rows if slots is None else slots.to(rows.device))[encoded.reset])
+            result.voice = head.step(encoded, tdnn, slots)
             frame = encoded.start.unsqueeze(1) + torch.arange(
                 self.window.chunk, device=encoded.start.device
             )
-            result.voice_mask = encoded.mask & (frame >= self.voice.context)
+            result.voice_mask = encoded.mask & (frame >= head.context)
 
 
 def _identity(encoder: UniSpeechSatModel) -> str:
