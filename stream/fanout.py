@@ -1,0 +1,494 @@
+"""Events → sinks: a queue and a task a sink, so that a slow or broken one holds up nobody else.
+
+`Fanout.publish` puts the event into the queue of every sink that wants it and returns at once. What
+a queue does when its sink does not keep up is the policy of `Spool`; what happens when a sink
+fails is the policy of `Lane`:
+
+========================  ===========================================================
+the sink raises           then
+========================  ===========================================================
+`Disconnected`, OSError   it is opened again after a back-off, and the event sent again
+`SinkError`               the event is sent again after a back-off, without end
+`Rejected`, any other     sent again a few times, then set aside and counted
+========================  ===========================================================
+
+A partial that failed once is dropped: by the time it could be repeated it is out of date.
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import structlog
+from pydantic import BaseModel, Field
+
+from sinks.events import Event
+from sinks.sink import Disconnected, Rejected, Sink, SinkError, SinkSettings, Watched
+
+DRAIN_RETRY_S: Final = 0.25
+"""Longest back-off at the end, when there is no time to be patient, in seconds."""
+
+log = structlog.get_logger(__name__)
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class FanoutSettings(BaseModel, frozen=True, extra="forbid"):
+    """How much is kept for a sink that does not keep up, and how long it is retried."""
+
+    queue: int = Field(
+        default=256, ge=1, description="Events a sink may lag behind before partials are dropped."
+    )
+    spool: int = Field(
+        default=10_000, ge=1, description="Finals kept for a sink; what then is `over_cap`."
+    )
+    over_cap: Literal["drop_oldest", "fail"] = Field(
+        default="drop_oldest",
+        description="drop_oldest: the oldest final is lost, counted and logged; a subscriber sees "
+        "it by seq. fail: publishing raises.",
+    )
+    drain_s: float = Field(
+        default=5.0, ge=0, description="How long finals may take to be delivered at the end."
+    )
+    retry_first_s: float = Field(default=0.5, gt=0, description="Back-off after one failure.")
+    retry_longest_s: float = Field(default=30.0, gt=0, description="Back-off after many.")
+    reject_attempts: int = Field(
+        default=3, ge=1, description="Times an event is offered that the receiver refuses."
+    )
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What became of the events of one sink."""
+
+    queued: int = 0
+    """Waiting now."""
+    sent: int = 0
+    dropped_partials: int = 0
+    lost_finals: int = 0
+    """Finals dropped over the cap of the spool, or not delivered by the end."""
+    rejected: int = 0
+    """Finals set aside because the receiver refuses them or the sink fails on them."""
+    retries: int = 0
+    """Failed attempts to open the sink or to send an event."""
+    connected: bool = False
+    last_error: str | None = None
+
+
+class Spool:
+    """What waits for one sink, in order, and what gives way when there is too much.
+
+    Up to `queue` events nothing gives way. Beyond, the oldest partial does; a new partial is
+    dropped if only finals wait. Finals are kept up to `spool` of them; then the oldest is dropped.
+    The event under way is never dropped. This is the seam for a spool that outlives the process:
+    `put`, `take` and `settle` are all a lane knows of it.
+    """
+
+    def __init__(self, queue: int, spool: int) -> None:
+        self._queue = queue
+        self._spool = spool
+        self._next = 0
+        self._waiting: OrderedDict[int, Event] = OrderedDict()
+        self._partials: OrderedDict[int, None] = OrderedDict()
+        self._under_way: Event | None = None
+        self.dropped_partials = 0
+        self.lost_finals = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting) + (self._under_way is not None)
+
+    @property
+    def finals(self) -> int:
+        """Finals that are not delivered yet."""
+        under_way = self._under_way is not None and self._under_way.is_final
+        return len(self._waiting) - len(self._partials) + under_way
+
+    @property
+    def full(self) -> bool:
+        """Whether another final costs the oldest."""
+        return self.finals >= self._spool
+
+    def put(self, event: Event) -> None:
+        """Add an event at the end."""
+        if event.is_final and self.full and self._drop_oldest_final():
+            self.lost_finals += 1
+        if len(self) >= self._queue:
+            if self._partials:
+                oldest, _ = self._partials.popitem(last=False)
+                del self._waiting[oldest]
+                self.dropped_partials += 1
+            elif not event.is_final:
+                self.dropped_partials += 1
+                return
+        self._waiting[self._next] = event
+        if not event.is_final:
+            self._partials[self._next] = None
+        self._next += 1
+
+    def take(self) -> Event | None:
+        """The event to be sent: the same until it is settled; None if nothing waits."""
+        if self._under_way is None and self._waiting:
+            key, self._under_way = self._waiting.popitem(last=False)
+            self._partials.pop(key, None)
+        return self._under_way
+
+    def settle(self) -> None:
+        """The event under way is delivered or set aside: forget it."""
+        assert self._under_way is not None, "settled an event that was not taken"
+        self._under_way = None
+
+    def drop(self) -> bool:
+        """Drop the event under way if it is a partial.
+
+        Returns:
+            Whether it was.
+        """
+        if self._under_way is None or self._under_way.is_final:
+            return False
+        self.dropped_partials += 1
+        self._under_way = None
+        return True
+
+    def clear(self) -> None:
+        """Count what waits as lost, the event under way too."""
+        self.lost_finals += self.finals
+        self.dropped_partials += len(self) - self.finals
+        self._waiting.clear()
+        self._partials.clear()
+        self._under_way = None
+
+    def _drop_oldest_final(self) -> bool:
+        for key in self._waiting:
+            if key not in self._partials:
+                del self._waiting[key]
+                return True
+        return False
+
+
+class Lane:
+    """The way to one sink: its spool, the task that empties it, and the retries."""
+
+    def __init__(
+        self,
+        name: str,
+        sink: SinkSettings,
+        settings: FanoutSettings,
+        *,
+        rng: random.Random,
+        sleep: Sleep,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.name = name
+        self.opened: asyncio.Future[Exception | None] = loop.create_future()
+        """What came of the first attempt to open the sink: None, or the error."""
+        self._sink = sink
+        self._settings = settings
+        self._rng = rng
+        self._sleep = sleep
+        self._spool = Spool(settings.queue, settings.spool)
+        self._wake = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._failures = 0
+        self._statistics = Statistics()
+        self._log = log.bind(sink=name)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of the events so far; a copy."""
+        return replace(
+            self._statistics,
+            queued=len(self._spool),
+            dropped_partials=self._spool.dropped_partials,
+            lost_finals=self._spool.lost_finals,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left that must be delivered."""
+        return self._spool.finals == 0
+
+    def offer(self, event: Event) -> None:
+        """Take an event in, if the sink wants it.
+
+        Raises:
+            SinkError: the spool is full, and the policy is to fail.
+        """
+        if not self._sink.wants(event):
+            return
+        if event.is_final and self._spool.full:
+            if self._settings.over_cap == "fail":
+                raise SinkError(
+                    f"sink {self.name}: {self._spool.finals} events wait for it, which is the cap: "
+                    f"{self._statistics.last_error or 'it is too slow'}"
+                )
+            if self._spool.lost_finals == 0:
+                self._log.error("spool full, dropping the oldest final", cap=self._settings.spool)
+        self._spool.put(event)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Let the task end once the spool is empty."""
+        self._closing.set()
+        self._wake.set()
+
+    def abandon(self) -> int:
+        """Count what waits as lost, when the time to deliver it is over.
+
+        Returns:
+            Finals that did not arrive, whatever the reason.
+        """
+        self._spool.clear()
+        return self._spool.lost_finals + self._statistics.rejected
+
+    async def run(self) -> None:
+        """Open the sink and feed it, again and again, until closed."""
+        while not (self._closing.is_set() and len(self._spool) == 0):
+            try:
+                async with self._sink.open() as sink:
+                    self._opened(None)
+                    await self._feed(sink)
+            except Exception as error:  # noqa: BLE001 - whatever a sink does, the others go on
+                self._opened(error)
+                self._failed(error)
+            else:
+                return
+            finally:
+                self._statistics.connected = False
+            await self._back_off()
+
+    def _opened(self, error: Exception | None) -> None:
+        self._statistics.connected = error is None
+        if not self.opened.done():
+            self.opened.set_result(error)
+        if error is None and self._failures:
+            self._log.info("sink open again", waiting=len(self._spool))
+
+    async def _feed(self, sink: Sink) -> None:
+        """Send what comes until closed and empty.
+
+        Raises:
+            Disconnected, OSError: the sink must be opened again.
+        """
+        lost = asyncio.ensure_future(sink.lost()) if isinstance(sink, Watched) else None
+        try:
+            attempts = 0
+            while True:
+                event = self._spool.take()
+                if event is None:
+                    if self._closing.is_set():
+                        return
+                    await self._next(lost)
+                    continue
+                try:
+                    await sink.send(event)
+                except (Disconnected, OSError):
+                    self._spool.drop()
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever a sink does, the others go on
+                    self._failed(error)
+                    attempts += 1
+                    endless = isinstance(error, SinkError) and not isinstance(error, Rejected)
+                    if self._spool.drop():
+                        attempts = 0
+                    elif not endless and attempts >= self._settings.reject_attempts:
+                        self._set_aside(event)
+                        attempts = 0
+                    await self._back_off()
+                else:
+                    attempts = self._failures = 0
+                    self._statistics.sent += 1
+                    self._spool.settle()
+        finally:
+            if lost is not None:
+                lost.cancel()
+
+    async def _next(self, lost: "asyncio.Future[None] | None") -> None:
+        """Wait for an event or the end.
+
+        Raises:
+            Disconnected: the sink lost its receiver first.
+        """
+        self._wake.clear()
+        wake = asyncio.ensure_future(self._wake.wait())
+        try:
+            waiting = {wake} if lost is None else {wake, lost}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            wake.cancel()
+        if lost is not None and lost.done():
+            raise Disconnected("the connection was lost") from lost.exception()
+
+    def _set_aside(self, event: Event) -> None:
+        self._spool.settle()
+        self._statistics.rejected += 1
+        self._log.error(
+            "event set aside", id=event.id, type=event.type, error=self._statistics.last_error
+        )
+
+    def _failed(self, error: Exception) -> None:
+        foreseen = isinstance(error, SinkError | OSError)
+        self._failures += 1
+        self._statistics.retries += 1
+        self._statistics.last_error = str(error) or type(error).__name__
+        self._log.warning(
+            "sink failed",
+            error=self._statistics.last_error,
+            failures=self._failures,
+            waiting=len(self._spool),
+            exc_info=None if foreseen else error,
+        )
+
+    async def _back_off(self) -> None:
+        """Wait twice as long as the last time, give or take; closing cuts it short."""
+        settings = self._settings
+        longest = settings.retry_first_s * 2.0 ** min(self._failures - 1, 32)
+        delay = min(longest, settings.retry_longest_s)
+        # Half of it is jitter: a broker that comes back is not met by everyone at once.
+        delay *= self._rng.uniform(0.5, 1.0)
+        if self._closing.is_set():
+            await self._sleep(min(delay, DRAIN_RETRY_S))
+            return
+        pause = asyncio.ensure_future(self._sleep(delay))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait((pause, closing), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pause.cancel()
+            closing.cancel()
+
+
+class Fanout:
+    """Delivers every event to every sink that wants it.
+
+    >>> async with Fanout({"log": JsonlSettings(path="events.jsonl")}) as fanout:
+    ...     await fanout.publish(event)
+
+    On leaving, what waits is delivered within `drain_s`. The events of one sink keep their order.
+
+    Args:
+        sinks: settings by name; the name stands in logs and statistics.
+        settings: bounds and retries.
+        fail_fast: raise on entry if a sink cannot be opened at the first attempt, and on leaving if
+            a final was not delivered: for a command that ends. Otherwise both are retried, logged
+            and counted: for a daemon.
+        rng: source of the back-off's jitter.
+        sleep: waits for so many seconds; tests pass a clock of their own.
+    """
+
+    def __init__(
+        self,
+        sinks: Mapping[str, SinkSettings],
+        settings: FanoutSettings | None = None,
+        *,
+        fail_fast: bool = False,
+        rng: random.Random | None = None,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._sinks = dict(sinks)
+        self._settings = settings or FanoutSettings()
+        self._fail_fast = fail_fast
+        self._rng = rng or random.Random()
+        self._sleep = sleep
+        self._lanes: dict[str, Lane] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        """Start a task for every sink.
+
+        Raises:
+            SinkError: with `fail_fast`, the first sink that cannot be opened; none is left open.
+        """
+        await self._group.__aenter__()
+        for name, sink in self._sinks.items():
+            lane = Lane(name, sink, self._settings, rng=self._rng, sleep=self._sleep)
+            self._lanes[name] = lane
+            self._tasks[name] = self._group.create_task(lane.run(), name=f"sink:{name}")
+        if self._fail_fast:
+            try:
+                await self._all_open()
+            except BaseException:
+                for task in self._tasks.values():
+                    task.cancel()
+                await self._group.__aexit__(None, None, None)
+                raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Deliver what waits, within `drain_s`, and close the sinks.
+
+        Raises:
+            SinkError: with `fail_fast`, finals did not reach a sink.
+        """
+        for name, lane in self._lanes.items():
+            lane.close()
+            if lane.done and not lane.statistics.connected:
+                self._tasks[name].cancel()  # nothing is lost if it never opens
+        # Our tasks will have ended: only a cancellation concerns the group, which wraps the rest.
+        cancelled = exc if isinstance(exc, asyncio.CancelledError) else None
+        try:
+            await self._drain()
+        except asyncio.CancelledError as error:
+            cancelled = error
+        await self._group.__aexit__(cancelled and type(cancelled), cancelled, None)
+        failures: list[str] = []
+        for name, lane in self._lanes.items():
+            missing = lane.abandon()
+            if missing:
+                why = lane.statistics.last_error or "there was no time"
+                log.error("events not delivered", sink=name, events=missing, error=why)
+                failures.append(f"{missing} events did not reach the sink {name}: {why}")
+        if failures and self._fail_fast and exc is None:
+            raise SinkError("; ".join(failures))
+
+    async def publish(self, event: Event) -> None:
+        """Put one event into the queue of every sink that wants it; waits for none of them.
+
+        Raises:
+            SinkError: with ``over_cap: fail``, a sink's spool is full; the others have the event.
+        """
+        full: SinkError | None = None
+        for lane in self._lanes.values():
+            try:
+                lane.offer(event)
+            except SinkError as error:
+                full = full or error
+        if full is not None:
+            raise full
+        # A producer that never waits would not let the sinks run.
+        await asyncio.sleep(0)
+
+    def statistics(self) -> dict[str, Statistics]:
+        """What became of the events so far, by the name of the sink."""
+        return {name: lane.statistics for name, lane in self._lanes.items()}
+
+    async def _all_open(self) -> None:
+        for name, lane in self._lanes.items():
+            error = await lane.opened
+            if isinstance(error, SinkError):
+                raise SinkError(f"sink {name}: {error}") from None
+            if error is not None:
+                raise error
+
+    async def _drain(self) -> None:
+        if not self._tasks:
+            return
+        limit = asyncio.ensure_future(self._sleep(self._settings.drain_s))
+        try:
+            waiting = set(self._tasks.values())
+            while waiting and not limit.done():
+                await asyncio.wait({*waiting, limit}, return_when=asyncio.FIRST_COMPLETED)
+                waiting = {task for task in waiting if not task.done()}
+        finally:
+            limit.cancel()
+            for task in self._tasks.values():
+                task.cancel()
