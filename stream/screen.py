@@ -1,13 +1,13 @@
-"""What a person sees while it runs: a live picture in a terminal, or one line a fact in a pipe.
+"""What a person at a terminal sees while it runs: a lane a speaker, or only how far the audio is.
 
-`Screen` and `Lines` both take events, one by one, and show them; neither knows where they come
-from. A third view, `Progress`, shows only how far the audio is, on stderr.
+A view takes events, one by one, and shows them; it does not know where they come from. Lines for
+pipes are not a view but a sink, `sinks.stdout`.
 """
 
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -29,7 +29,6 @@ from sinks.events import (
     Label,
     SessionClosed,
     SessionOpened,
-    Speaker,
     SpeakerIdentified,
     SpeakerRevised,
     TranscriptFinal,
@@ -86,13 +85,11 @@ class Blind:
         """Show nothing."""
 
 
-def clock(at_s: float, *, tenths: bool = False) -> str:
-    """Seconds → ``1:02``, with tenths ``1:02.3``, from an hour on ``1:00:00``."""
-    ticks = int(at_s * 10)
-    minutes, rest = divmod(ticks, 600)
-    text = f"{rest // 10:02d}.{rest % 10}" if tenths else f"{rest // 10:02d}"
+def clock(at_s: float) -> str:
+    """Seconds → ``1:02``, from an hour on ``1:00:00``."""
+    minutes, rest = divmod(int(at_s), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{text}" if hours else f"{minutes}:{text}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def overlap(lanes: Iterable[Sequence[Span]]) -> list[Span]:
@@ -499,65 +496,6 @@ class Screen:
             return Group(*drawn)
 
 
-class Lines:
-    """A line a fact, for pipes and log files.
-
-    Args:
-        write: takes one line without its newline.
-    """
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._streams: dict[str, str] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
-
-    def take(self, event: Event) -> None:
-        """Write the event's line, if it has one."""
-        text = self._sentence(event)
-        if text is not None:
-            self._write(f"{clock(event.start, tenths=True):>8}  {text}")
-
-    def _sentence(self, event: Event) -> str | None:
-        match event:
-            case SessionOpened():
-                return f"opened {event.source}"
-            case SessionClosed():
-                return f"closed at {clock(event.end, tenths=True)}: {event.reason}"
-            case TurnEnded():
-                beside = ", beside another voice" if event.overlap else ""
-                return f"{who(event.speaker)} spoke {event.end - event.start:.1f} s{beside}"
-            case TranscriptFinal() if event.text:
-                speakers = dict.fromkeys(w.speaker for w in event.words if w.speaker)
-                return f"{'+'.join(speakers) or NOBODY}: {event.text}"
-            case SpeakerIdentified():
-                name = event.identity or "unknown"
-                return f"{event.speaker} is {name} (score {event.score:.2f})"
-            case SpeakerRevised():
-                count = len(event.revision_of)
-                turns = f"{count} turn{'' if count == 1 else 's'}"
-                return f"{event.from_label} is {event.to_label} ({event.reason}, {turns})"
-            case Label():
-                return f"{event.head}: {event.label} ({event.score:.2f})"
-            case Gap():
-                return f"lost {event.lost_samples} samples: {event.reason}"
-            case Warning_():
-                return f"warning: {event.message}"
-            case Error_():
-                return f"error: {event.message}"
-            case _:
-                return None
-
-
 class Progress:
     """How far the audio is, on a terminal beside whatever goes to stdout.
 
@@ -601,11 +539,6 @@ class Progress:
         count = len(self._speakers)
         text = f"{clock(at)}  {count} speaker{'' if count == 1 else 's'}"
         self._bar.update(self._task, completed=at, at=text)
-
-
-def who(speaker: Speaker) -> str:
-    """The label, with the person's name when it is known."""
-    return f"{speaker.label} ({speaker.identity})" if speaker.identity else speaker.label
 
 
 def closing(picture: Picture) -> Table:

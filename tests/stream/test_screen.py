@@ -1,4 +1,4 @@
-"""The live picture, the lines and the progress bar, from events made by hand."""
+"""The live picture and the progress bar, from events made by hand."""
 
 import datetime as dt
 import io
@@ -10,7 +10,6 @@ from sinks.events import (
     Gap,
     Heartbeat,
     Latency,
-    SessionClosed,
     SessionOpened,
     Speaker,
     SpeakerIdentified,
@@ -22,7 +21,7 @@ from sinks.events import (
     Warning_,
     Word,
 )
-from stream.screen import Lines, Picture, Progress, Screen, bar, clock, overlap, ruler
+from stream.screen import Picture, Progress, Screen, bar, clock, overlap, ruler
 
 
 def stamp(start, end, session="a"):
@@ -66,10 +65,6 @@ def drawn(picture, width=80, height=24):
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text
-
-
-def test_clock_with_tenths():
-    assert clock(71.34, tenths=True) == "1:11.3"
 
 
 def test_overlap_is_where_two_lanes_are_active():
@@ -206,31 +201,6 @@ def test_a_screen_draws_every_session_on_a_terminal():
     text = console.file.getvalue()
     assert "S1" in text
     assert "S9" in text
-
-
-def test_lines_tell_what_is_final():
-    lines = []
-    view = Lines(lines.append)
-    with view:
-        for event in [
-            opened(),
-            TurnStarted(**stamp(0, 1), turn_id="t1", speaker=Speaker(label="S1")),
-            said(TranscriptPartial, "t1", "S1", "good", 0, 1),
-            ended("t1", "S1", 0, 4.04, overlap=True),
-            said(TranscriptFinal, "t1", "S1", "good morning", 0, 4),
-            SpeakerRevised(
-                **stamp(0, 4), revision_of=["t1"], from_label="S2", to_label="S1", reason="merged"
-            ),
-            SessionClosed(**stamp(0, 4), reason="end of input", totals={}),
-        ]:
-            view.take(event)
-    assert lines == [
-        "  0:00.0  opened a.wav",
-        "  0:00.0  S1 spoke 4.0 s, beside another voice",
-        "  0:00.0  S1: good morning",
-        "  0:00.0  S2 is S1 (merged, 1 turn)",
-        "  0:00.0  closed at 0:04.0: end of input",
-    ]
 
 
 def test_progress_counts_time_and_speakers():

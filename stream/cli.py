@@ -1,0 +1,416 @@
+"""The `livesat` command: a function a command, each as thin as its sentence.
+
+Torch and the engine are imported inside the commands that need them, so that `livesat --help`
+answers at once. Whatever goes wrong ends as one line on stderr: exit code 2 when the command or
+its configuration was wrong, 1 when running it failed. `livesat --debug …` shows the traceback.
+"""
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from importlib.resources import as_file, files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from stream.screen import View
+
+USAGE: Final = 2
+FAILED: Final = 1
+INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    name="livesat",
+    help="Who is speaking, which enrolled person that is, and what is said: live.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Options that several commands share.
+Checkpoint = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint",
+        help="Folder or hub id; several times to merge heads. Default: the embedded one.",
+        metavar="DIR_OR_ID",
+    ),
+]
+Chunk = Annotated[
+    int | None, typer.Option("--chunk", min=20, metavar="MS", help="New audio a step.")
+]
+Lookahead = Annotated[
+    int | None,
+    typer.Option("--lookahead", min=0, metavar="MS", help="Audio heard before a frame is decided."),
+]
+Left = Annotated[
+    int | None, typer.Option("--left", min=20, metavar="MS", help="Past audio attended to.")
+]
+Compute = Annotated[
+    str | None, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1.")
+]
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Engine, tracks and log come from this file."),
+]
+Rttm = Annotated[Path | None, typer.Option("--rttm", metavar="FILE", help="Write the turns.")]
+Jsonl = Annotated[
+    Path | None, typer.Option("--jsonl", metavar="FILE", help="Write every event; - is stdout.")
+]
+Vtt = Annotated[Path | None, typer.Option("--vtt", metavar="FILE", help="Write WebVTT captions.")]
+Srt = Annotated[Path | None, typer.Option("--srt", metavar="FILE", help="Write SubRip captions.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No lanes and no lines: a progress bar at most.")
+]
+Voices = Annotated[
+    Path | None,
+    typer.Option("--voices", metavar="FILE", help="The enrolled voices; default: the user's own."),
+]
+
+
+class Usage(Exception):
+    """The command or its configuration is wrong: what was given, what was expected."""
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        _version()
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    del version, debug  # `main` looks for --debug: it must count for errors in the arguments too
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(USAGE)
+
+
+@app.command()
+def annotate(
+    audio: Annotated[
+        str,
+        typer.Argument(
+            metavar="AUDIO", help="An audio file; - reads raw s16le 16 kHz mono from stdin."
+        ),
+    ],
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Pace a file as if it were live.")
+    ] = False,
+    rttm: Rttm = None,
+    jsonl: Jsonl = None,
+    vtt: Vtt = None,
+    srt: Srt = None,
+    quiet: Quiet = False,
+    checkpoint: Checkpoint = None,
+    chunk: Chunk = None,
+    lookahead: Lookahead = None,
+    left: Left = None,
+    device: Compute = None,
+    config: ConfigPath = None,
+) -> None:
+    """Stream an audio file, or stdin, through everything a live source goes through."""
+    if audio == "-":
+        name, source, duration_s = "stdin", {"kind": "stdin"}, None
+    else:
+        path = Path(audio)
+        if not path.exists():
+            raise Usage(f"{audio}: no such file")
+        name, source = path.stem, {"kind": "file", "path": path, "realtime": realtime}
+        duration_s = _duration(path)
+    _stream(
+        name,
+        source,
+        _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
+        _settings(config, checkpoint, chunk, lookahead, left, device),
+        quiet=quiet,
+        duration_s=duration_s,
+    )
+
+
+@app.command()
+def listen(
+    microphone: Annotated[
+        str | None,
+        typer.Option("--microphone", "-m", help="Part of a name, or a number: livesat devices."),
+    ] = None,
+    rttm: Rttm = None,
+    jsonl: Jsonl = None,
+    vtt: Vtt = None,
+    srt: Srt = None,
+    quiet: Quiet = False,
+    checkpoint: Checkpoint = None,
+    chunk: Chunk = None,
+    lookahead: Lookahead = None,
+    left: Left = None,
+    device: Compute = None,
+    config: ConfigPath = None,
+) -> None:
+    """Listen to a microphone until Ctrl-C."""
+    chosen: int | str | None = microphone
+    if microphone is not None and microphone.isdecimal():
+        chosen = int(microphone)
+    _stream(
+        "microphone",
+        {"kind": "microphone", "device": chosen},
+        _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
+        _settings(config, checkpoint, chunk, lookahead, left, device),
+        quiet=quiet,
+        duration_s=None,
+    )
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE", help="Sources, sinks, engine, tracks.")
+    ] = Path("config.yaml"),
+) -> None:
+    """Run as a daemon with the sources and sinks of a configuration file."""
+    from stream.config import load
+    from stream.daemon import run as serve
+
+    asyncio.run(serve(load(config)))
+
+
+@app.command()
+def devices() -> None:
+    """List the microphones."""
+    from stream.sources.microphone import list_devices
+
+    found = list_devices()
+    if not found:
+        err.print("no device can record; a microphone is expected by livesat listen")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("number", "name", "channels", "Hz", ""):
+        table.add_column(
+            title, justify="right" if title in {"number", "channels", "Hz"} else "left"
+        )
+    for device in found:
+        default = "default" if device.default else ""
+        row = (device.index, device.name, device.channels, device.rate, default)
+        table.add_row(*(Text(str(cell)) for cell in row))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    realtime: Annotated[
+        bool | None,
+        typer.Option(
+            "--realtime/--fast", help="As it was spoken, or at full speed; default: on a terminal."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    checkpoint: Checkpoint = None,
+    chunk: Chunk = None,
+    lookahead: Lookahead = None,
+    left: Left = None,
+    device: Compute = None,
+    config: ConfigPath = None,
+) -> None:
+    """Watch the demo conversation, then see how right it was."""
+    settings = _settings(config, checkpoint, chunk, lookahead, left, device)
+    with as_file(files("stream") / "demo") as folder, TemporaryDirectory() as scratch:
+        audio = folder / "meeting.flac"
+        heard = Path(scratch) / "meeting.rttm"
+        paced = out.is_terminal if realtime is None else realtime
+        _stream(
+            "meeting",
+            {"kind": "file", "path": audio, "realtime": paced},
+            {"rttm": {"kind": "rttm", "path": heard}},
+            settings,
+            quiet=quiet,
+            duration_s=_duration(audio),
+        )
+        _print_score(folder / "meeting.rttm", heard)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that matter in a report."""
+    _version()
+
+
+def _stream(
+    name: str,
+    source: dict[str, Any],
+    sinks: dict[str, dict[str, Any]],
+    settings: dict[str, Any],
+    *,
+    quiet: bool,
+    duration_s: float | None,
+) -> None:
+    """Run one source into the sinks, watched by whatever view suits where stdout goes."""
+    from stream.config import parse
+    from stream.daemon import run as serve
+
+    taken = "stdout" in sinks
+    live = out.is_terminal and not out.is_dumb_terminal
+    if not (taken or quiet or live):
+        sinks = {**sinks, "stdout": {"kind": "stdout"}}
+    config = parse({**settings, "sources": {name: source}, "sinks": sinks}, where="livesat")
+    with _view(live and not taken and not quiet, duration_s) as view:
+        asyncio.run(serve(config, on_event=view.take))
+
+
+def _view(live: bool, duration_s: float | None) -> "View":
+    from stream.screen import Blind, Progress, Screen
+
+    if live:
+        return Screen(out, duration_s=duration_s)
+    if err.is_terminal and not err.is_dumb_terminal and not out.is_terminal:
+        return Progress(err, duration_s=duration_s)
+    return Blind()
+
+
+def _outputs(
+    *, rttm: Path | None, jsonl: Path | None, vtt: Path | None, srt: Path | None
+) -> dict[str, dict[str, Any]]:
+    """File options → sinks; each file is written anew."""
+    sinks: dict[str, dict[str, Any]] = {}
+    for kind, path in (("rttm", rttm), ("jsonl", jsonl), ("vtt", vtt), ("srt", srt)):
+        if path is None:
+            continue
+        if str(path) == "-":
+            if kind != "jsonl":
+                raise Usage(f"--{kind} -: expected a file; only --jsonl can go to stdout")
+            sinks["stdout"] = {"kind": "stdout", "format": "json", "partials": True}
+            continue
+        if not path.parent.is_dir():
+            raise Usage(f"--{kind} {path}: no such folder: {path.parent}")
+        if path.is_dir():
+            raise Usage(f"--{kind} {path}: expected a file, got a folder")
+        sinks[kind] = {"kind": kind, "path": path, "existing": "replace"}
+    return sinks
+
+
+def _settings(
+    config: Path | None,
+    checkpoint: list[str] | None,
+    chunk: int | None,
+    lookahead: int | None,
+    left: int | None,
+    device: str | None,
+) -> dict[str, Any]:
+    """The configuration without sources and sinks: the file's, over it the options."""
+    from stream.config import load
+
+    given = {
+        "checkpoint": checkpoint or None,
+        "chunk_ms": chunk,
+        "lookahead_ms": lookahead,
+        "left_ms": left,
+        "device": device,
+    }
+    data: dict[str, Any] = {"log": {"level": "warning"}}
+    if config is not None:
+        data = load(config).model_dump(exclude={"sources", "sinks"}, exclude_unset=True)
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return {**data, "engine": {**data.get("engine", {}), **chosen}}
+
+
+def _duration(path: Path) -> float | None:
+    """Seconds of an audio file, if its header says; the source will say what is wrong with it."""
+    import soundfile
+
+    try:
+        return float(soundfile.info(path).duration)
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _version() -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    def of(name: str) -> str:
+        try:
+            return installed(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    out.print(f"livesat {of('livesat')}")
+    out.print(f"python {platform.python_version()}, torch {of('torch')}, numpy {of('numpy')}")
+
+
+def main() -> None:
+    """Run the command; every failure is one line on stderr and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
+        if "--debug" in sys.argv[1:]:
+            traceback.print_exc()
+        code = FAILED
+        for leaf in _leaves(error):
+            lines, code = _explain(leaf)
+            for line in lines:
+                typer.echo(f"livesat: error: {line}", err=True)
+    _silence_broken_pipe()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    """A task group's failure → what failed in it, each sentence once."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    leaves: dict[str, BaseException] = {}
+    for each in error.exceptions:
+        for leaf in _leaves(each):
+            leaves.setdefault(str(leaf), leaf)
+    return leaves.values()
+
+
+def _explain(error: BaseException) -> tuple[list[str], int]:
+    """A failure → its lines, and the exit code."""
+    format_message: Callable[[], str] | None = getattr(error, "format_message", None)
+    if format_message is not None:  # the argument parser's
+        text = format_message() or str(error)
+        return [_one_line(text)], USAGE
+    name = type(error).__name__
+    if isinstance(error, Usage) or name == "ConfigError":
+        return str(error).splitlines(), USAGE
+    if isinstance(error, ImportError):
+        return [_one_line(str(error))], FAILED
+    ours = type(error).__module__.partition(".")[0] in {"stream", "model", "sinks"}
+    if ours or isinstance(error, ValueError | OSError):
+        return [_one_line(str(error) or name)], FAILED
+    line = f"{name}: {error} (a fault of livesat itself; livesat --debug … shows where)"
+    return [_one_line(line)], FAILED
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _silence_broken_pipe() -> None:
+    """Let the interpreter's last flush succeed when the reader of stdout has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
