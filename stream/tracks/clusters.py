@@ -233,10 +233,12 @@ class Clusters:
         return vector is not None and evidence >= self._new
 
     def _fresh(self, before: int | None, rivals: set[int]) -> int:
-        """The number a new speaker gets: the turn's old one if it was alone with it."""
+        """The number a new speaker gets: the turn's old one if only it made that speaker."""
         taken = self.state.speakers.keys() | set(self.state.retired) | rivals
-        if before is not None and before not in taken:
-            return before
+        if before is not None and before not in rivals:
+            left = self.state.speakers.get(before)  # tentative turns leave with whom they joined
+            if left is None or not left.evidence:
+                return before
         label = 1
         while label in taken:
             label += 1

@@ -17,7 +17,8 @@ class Frames:
 
     Frame ``i`` of these begins at sample ``start + 320 i`` and speaks for the 320 samples from
     there. A head that is not loaded is ``None``. All present arrays have T rows; only ``voice``
-    may have more at the end of a stream, when its delayed rows are flushed.
+    may have more at the end of a stream, when its delayed rows are flushed. All values are finite
+    (the engine restarts a slot rather than pass on NaN).
 
     Attributes:
         start: Sample (stream clock) of the first frame here.

@@ -98,8 +98,8 @@ class Tracks:
     def _compose(self, state: TracksState) -> None:
         settings, stamp = self.settings, self._stamp
         self._state = state
-        voices = Voices(settings, self._gallery, stamp, state=state.voices)
-        self._turns = Turns(settings, self._embed, stamp, voices=voices, state=state.turns)
+        self._voices = Voices(settings, self._gallery, stamp, state=state.voices)
+        self._turns = Turns(settings, self._embed, stamp, voices=self._voices, state=state.turns)
         self._words = None
         if self._vocabulary is not None:
             self._words = Words(

@@ -132,7 +132,9 @@ class WordsSettings(Settings):
         default=600, ge=40, description="A word without a delimiter ends after this much silence."
     )
     segment_gap_ms: int = Field(
-        default=800, ge=40, description="A transcript becomes final after this much silence."
+        default=800,
+        ge=40,
+        description="A transcript becomes final after this much silence, once its speaker is sure.",
     )
     settle_ms: int = Field(
         default=120, ge=20, description="… or this much, when its turn has ended."

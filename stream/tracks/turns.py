@@ -25,7 +25,7 @@ from sinks.events import (
     TurnStarted,
     TurnUpdated,
 )
-from stream.clock import HOP
+from stream.clock import FRAME_RATE, HOP
 from stream.tracks.clusters import Clusters, ClustersState, Revision, Vector
 from stream.tracks.frames import Floats, Frames
 from stream.tracks.settings import TracksSettings, hops
@@ -91,6 +91,7 @@ class Run:
         label: Speaker, 0 before the first look.
         score: Cosine with the speaker.
         margin: Score less the runner-up's.
+        sure: Whether the label rests on enough clean speech.
         heir: Label that the channel had shortly before, 0 if none.
         beside: Number of another run → frames in which both were active.
         past: Moments of all but the recent voice.
@@ -106,6 +107,7 @@ class Run:
     label: int = 0
     score: float | None = None
     margin: float | None = None
+    sure: bool = False
     heir: int = 0
     beside: dict[int, int] = field(default_factory=dict[int, int])
     past: Moments = field(default_factory=Moments)
@@ -285,6 +287,10 @@ class Turns:
         """Whether this turn goes on."""
         return any(run.number == number for run in self._told())
 
+    def settled(self, number: int) -> bool:
+        """Whether the speaker of this turn is more than a first guess: it is sure, or over."""
+        return not any(run.number == number and not run.sure for run in self._told())
+
     def speaker(self, label: int, run: Run | None = None) -> Speaker:
         """A label as events say it."""
         return Speaker(
@@ -301,7 +307,6 @@ class Turns:
         self._weigh(probabilities)
         active = list[Run]()
         for channel, probability in zip(state.channels, probabilities, strict=True):
-            # A comparison with NaN is false: such a frame is silence.
             channel.on = probability >= (self._offset if channel.on else self._onset)
             if channel.on:
                 if channel.run is None:
@@ -411,14 +416,18 @@ class Turns:
         """Decides whose turn this is by all its voice so far."""
         run.looked = self.state.cursor
         if not self.state.voiced:
-            run.label = index + 1
+            run.label, run.sure = index + 1, True
             return []
         moments = run.moments()
         vector = self._vector(moments)
         prior = self._prior(index, run)
+        if self.voices is not None and vector is not None:
+            carrier = self.voices.carrier(vector, moments.mass / FRAME_RATE)
+            if carrier is not None:
+                prior[carrier] = 2.0  # more than any cosine
         decision = self.clusters.decide(run.number, vector, moments.mass, run.beside, prior)
         before, run.label = run.label, decision.label
-        run.score, run.margin = decision.score, decision.margin
+        run.score, run.margin, run.sure = decision.score, decision.margin, decision.sure
         if self.voices is None:
             return []
         if before not in self.clusters.state.speakers:
@@ -514,9 +523,9 @@ class Turns:
         """Keeps each channel's clean-speech weight: it talks, and nobody else."""
         weights = list[float]()
         for index, own in enumerate(probabilities):
-            weight = own if own == own else 0.0
+            weight = own
             for other, probability in enumerate(probabilities):
-                if other != index and probability == probability:
+                if other != index:
                     weight *= 1.0 - probability
             weights.append(weight)
         self.state.weights.append(weights)
@@ -530,7 +539,7 @@ class Turns:
         index = len(state.weights) - (state.cursor - sample) // HOP
         if not 0 <= index < len(state.weights) or not any(ch.run for ch in state.channels):
             return []
-        voice = np.nan_to_num(frames.voice[row].astype(np.float64))
+        voice = frames.voice[row].astype(np.float64)
         events = list[Event]()
         for number, channel in enumerate(state.channels):
             run = channel.run

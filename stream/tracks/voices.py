@@ -81,6 +81,20 @@ class Voices:
         verdict = self.state.verdicts.get(label)
         return None if verdict is None else verdict.identity
 
+    def carrier(self, vector: NDArray[np.float64], evidence_s: float) -> int | None:
+        """The label that carries the identity of this voice, if it is an enrolled one's.
+
+        A turn may be unlike the rest of its speaker and yet like the enrolled voice.
+        """
+        if not self._names or evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
+            return None
+        name = self._judge(vector, None).identity
+        if name is not None:
+            for label, verdict in sorted(self.state.verdicts.items()):
+                if verdict.identity == name:
+                    return label
+        return None
+
     def twin(self, label: int) -> int | None:
         """Another label that was found to be the same person."""
         name = self.identity(label)

@@ -204,7 +204,9 @@ class Words:
         if state.draft is None and state.segment:
             turn = state.segment[-1].turn
             over = bool(turn) and not self._turns.running(turn)
-            if state.quiet >= self._segment_gap or (over and state.quiet >= self._settle):
+            # A final names a speaker: it waits while that is only a first guess.
+            silent = state.quiet >= self._segment_gap and self._turns.settled(turn)
+            if silent or (over and state.quiet >= self._settle):
                 events.extend(self._final())
         return events
 

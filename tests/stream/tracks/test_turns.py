@@ -1,0 +1,229 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream.clock import HOP
+from stream.tracks.frames import Frames
+from stream.tracks.settings import TracksSettings
+from stream.tracks.turns import Turns
+from tests.stream.tracks.scenes import Stamper, Talk, embed, finals, revised, scene, split, turns
+
+SETTINGS = TracksSettings()
+
+
+def run(frames, config=SETTINGS, *, cuts=(), embed=embed):
+    track = Turns(config, embed, Stamper())
+    events = []
+    for piece in split(frames, cuts):
+        events += track.step(piece)
+    events += track.flush(frames.end)
+    assert [event.seq for event in events] == list(range(len(events)))
+    return events
+
+
+def quiet(activity):
+    return Frames(start=0, activity=np.asarray(activity, np.float32))
+
+
+def offline(probabilities, config):
+    """Hysteresis, then pauses filled, then short runs dropped: on the whole signal at once."""
+    on, runs = False, []
+    for index, p in enumerate(probabilities):
+        on = p >= (config.offset if on else config.onset)
+        if on and runs and index - runs[-1][1] < config.min_off_ms // 20:
+            runs[-1][1] = index + 1
+        elif on:
+            runs.append([index, index + 1])
+    return [(a, b) for a, b in runs if b - a >= config.min_on_ms // 20]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.45, 0.5, 0.9]), st.integers(1, 30)), max_size=12))
+def test_turns_are_exact_to_the_frame(pieces):
+    probabilities = [p for p, n in pieces for _ in range(n)]
+    probabilities = [float(np.float32(p)) for p in probabilities]
+    activity = np.zeros((len(probabilities), 2), np.float32)
+    activity[:, 1] = probabilities
+    events = run(quiet(activity), embed=None)
+    expected = [("S2", a, b) for a, b in offline(probabilities, SETTINGS.turns)]
+    assert turns(events) == expected
+    opened = [round(e.start * 50) for e in events if e.type == "turn.started"]
+    assert opened == [a for _, a, _ in expected]
+
+
+def test_speech_starts_and_ends_around_turns_that_overlap():
+    frames = scene([Talk(0, 10, 80, 0), Talk(1, 60, 120, 1)], 200)
+    events = run(frames)
+    spoken = [e.type for e in events if e.type != "turn.updated"]
+    assert spoken == [
+        "speech.started",
+        "turn.started",
+        "turn.started",
+        "turn.ended",
+        "turn.ended",
+        "speech.ended",
+    ]
+    assert turns(events) == [("S1", 10, 80), ("S2", 60, 120)]
+    assert [e.overlap for e in events if e.type == "turn.ended"] == [True, True]
+    assert [e.overlap for e in events if e.type == "turn.started"] == [False, True]
+    ended = events[-1]
+    assert (round(ended.start * 50), round(ended.end * 50)) == (10, 120)
+
+
+def test_a_blip_beside_a_turn_is_no_overlap():
+    events = run(scene([Talk(0, 10, 80, 0), Talk(1, 40, 44, 1)], 150))
+    assert [e.overlap for e in events if e.type == "turn.ended"] == [False]
+
+
+def test_four_speakers_on_three_channels_keep_their_labels():
+    talks, frame = [], 5
+    order = [0, 1, 2, 0, 3, 1, 3, 2, 0, 1, 2, 3]
+    for turn, voice in enumerate(order):
+        talks.append(Talk(voice, frame, frame + 100 + 7 * turn, turn % 3))
+        frame += 140 + 7 * turn
+    events = run(scene(talks, frame + 50, noise=0.4))
+    assert [label for label, _, _ in turns(events)] == [f"S{voice + 1}" for voice in order]
+    assert not [e for e in events if e.type == "speaker.revised"]
+    final = next(e for e in reversed(events) if e.type == "turn.ended")
+    assert final.speaker.score > 0.8
+    assert final.speaker.margin > 0.5
+
+
+def test_any_number_of_speakers():
+    talks = [Talk(voice % 8, 150 * voice + 5, 150 * voice + 120) for voice in range(16)]
+    events = run(scene(talks, 16 * 150 + 50))
+    assert [label for label, _, _ in turns(events)] == [f"S{v % 8 + 1}" for v in range(16)]
+
+
+def test_two_who_talk_at_once_are_two_even_with_one_voice():
+    events = run(scene([Talk(0, 10, 200, 0), Talk(0, 100, 300, 1)], 400))
+    assert [label for label, _, _ in turns(events)] == ["S1", "S2"]
+
+
+def test_a_short_turn_makes_no_speaker():
+    """0.5 s is too little for a new voice: tentatively the nearest, and no speaker is made."""
+    events = run(scene([Talk(0, 10, 150, 0), Talk(1, 200, 225, 1)], 300))
+    assert [label for label, _, _ in turns(events)] == ["S1", "S1"]
+
+
+def test_a_short_turn_moves_when_its_speaker_appears():
+    frames = scene([Talk(0, 10, 150, 0), Talk(1, 200, 225, 1), Talk(1, 400, 550, 2)], 700)
+    events = run(frames)
+    assert [label for label, _, _ in turns(events)] == ["S1", "S1", "S2"]
+    assert [label for label, _, _ in revised(events)] == ["S1", "S2", "S2"]
+    revision = next(e for e in events if e.type == "speaker.revised")
+    assert revision.reason == "split"
+
+
+def test_two_labels_that_are_one_are_merged():
+    """A voice that drifts apart becomes two speakers; what lies between joins them."""
+    people = np.zeros((3, 24))
+    people[0, 0] = people[1, 1] = 1
+    people[2, :2] = 0.5**0.5
+    people[0, 1] = people[1, 0] = 0.3
+    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.8}})
+    talks = [Talk(0, 10, 130), Talk(1, 150, 280), Talk(2, 300, 700), Talk(1, 800, 900)]
+    events = run(scene(talks, 1000, people=people, noise=0.02), config)
+    assert [label for label, _, _ in turns(events)] == ["S1", "S2", "S2", "S1"]
+    merges = [e for e in events if e.type == "speaker.revised"]
+    assert [(e.reason, e.from_label, e.to_label) for e in merges] == [("merged", "S2", "S1")]
+    started = {e.turn_id: e.start for e in events if e.type == "turn.started"}
+    assert [round(started[turn] * 50) for turn in merges[0].revision_of] == [150, 300]
+    assert {label for label, _, _ in revised(events)} == {"S1"}
+
+
+def test_a_long_turn_is_cut():
+    config = SETTINGS.over({"turns": {"max_turn_ms": 2000}})
+    events = run(scene([Talk(0, 10, 260)], 350), config)
+    assert turns(events) == [("S1", 10, 110), ("S1", 110, 210), ("S1", 210, 260)]
+    assert [e.type for e in events].count("speech.ended") == 1
+
+
+def test_a_pause_at_the_cut_leaves_no_empty_turn():
+    config = SETTINGS.over({"turns": {"max_turn_ms": 2000}})
+    events = run(scene([Talk(0, 10, 108)], 350), config)
+    assert turns(events) == [("S1", 10, 108)]
+
+
+def test_a_voice_that_changes_without_a_pause_cuts_the_turn():
+    events = run(scene([Talk(0, 10, 260), Talk(1, 260, 460)], 600))
+    found = revised(events)
+    assert [label for label, _, _ in found] == ["S1", "S2"]
+    assert abs(found[0][2] - 260) <= 25
+    assert found[0][2] == found[1][1]
+    assert found[1][2] == 460
+
+
+def test_a_running_turn_is_updated_when_its_speaker_is_known():
+    events = run(scene([Talk(0, 10, 150, 0), Talk(1, 200, 500, 1)], 600))
+    told = [e for e in events if e.type in ("turn.started", "turn.updated") and e.start > 3]
+    assert told[0].speaker.label == "S1"
+    assert told[-1].speaker.label == "S2"
+    assert not any(e.is_final for e in told)
+
+
+def test_without_voices_the_channels_are_the_speakers():
+    frames = scene([Talk(0, 10, 100, 2), Talk(0, 120, 200, 0)], 300)
+    events = run(frames, embed=None)
+    assert [label for label, _, _ in turns(events)] == ["S3", "S1"]
+
+
+def test_a_hole_in_the_timeline_ends_turns():
+    frames = scene([Talk(0, 10, 200)], 200)
+    track = Turns(SETTINGS, embed, Stamper())
+    events = track.step(Frames(0, frames.activity[:100], frames.voice[:100], voice_delay=7))
+    hole = 5 * 16000 + 77
+    start = 100 * HOP + hole
+    events += track.step(Frames(start, frames.activity[100:], frames.voice[100:], voice_delay=7))
+    events += track.flush(start + 100 * HOP)
+    ended = [(e.start * 16000, e.end * 16000) for e in events if e.type == "turn.ended"]
+    assert ended == [(10 * HOP, 100 * HOP), (start, start + 100 * HOP)]
+    assert [e.type for e in events].count("speech.started") == 2
+    assert [e.type for e in events].count("speech.ended") == 2
+
+
+def test_a_restart_of_the_slot_ends_turns():
+    frames = scene([Talk(0, 10, 200)], 200)
+    track = Turns(SETTINGS, embed, Stamper())
+    events = track.step(Frames(0, frames.activity[:100], frames.voice[:100], voice_delay=7))
+    events += track.step(
+        Frames(100 * HOP, frames.activity[100:], frames.voice[100:], nonfinite=True, voice_delay=7)
+    )
+    assert turns(events) == [("S1", 10, 100)]
+
+
+def test_a_mean_of_another_size_is_refused():
+    config = SETTINGS.over({"speakers": {"mean": [0.0] * 5}})
+    with pytest.raises(ValueError, match="expected embeddings of the 5 dimensions"):
+        run(scene([Talk(0, 10, 100)], 200), config)
+
+
+def random_talks(seed, length):
+    rng = np.random.default_rng(seed)
+    talks = []
+    for channel in range(3):
+        frame = int(rng.integers(0, 200))
+        while frame < length:
+            end = min(length, frame + int(rng.integers(3, 250)))
+            talks.append(Talk(int(rng.integers(0, 4)), frame, end, channel))
+            frame = end + int(rng.integers(0, 300))
+    return talks
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 800), max_size=40))
+def test_finals_do_not_depend_on_the_split(seed, cuts):
+    config = SETTINGS.over({"turns": {"max_turn_ms": 5000}})
+    frames = scene(random_talks(seed, 800), 800, noise=0.5, seed=seed)
+    assert finals(run(frames, config, cuts=cuts)) == finals(run(frames, config))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10_000))
+def test_revisions_say_what_was_said(seed):
+    """`revised` checks that from_label is the label that each turn had."""
+    events = run(scene(random_talks(seed, 1500), 1500, noise=1.0, seed=seed))
+    started = {e.turn_id for e in events if e.type == "turn.started"}
+    assert started == {e.turn_id for e in events if e.type == "turn.ended"}
+    revised(events)

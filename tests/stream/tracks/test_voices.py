@@ -1,0 +1,121 @@
+from itertools import groupby
+
+import numpy as np
+
+from stream.tracks.frames import Frames
+from stream.tracks.pipeline import Tracks
+from stream.tracks.settings import TracksSettings
+from stream.tracks.voices import Gallery
+from tests.stream.tracks.scenes import Stamper, Talk, embed, scene, voices
+
+PEOPLE = voices(8)
+SETTINGS = TracksSettings()
+
+
+def run(talks, length, gallery, config=SETTINGS, people=PEOPLE):
+    tracks = Tracks(config, embed=embed, voiceprints=gallery, stamp=Stamper())
+    frames = scene(talks, length, people=people)
+    return tracks.step(frames) + tracks.flush(frames.end)
+
+
+def enrolled(*who):
+    names = tuple(name for name, _ in who)
+    return Gallery(names, 3 * np.array([PEOPLE[v] for _, v in who], np.float32))
+
+
+def told(events):
+    return [(e.speaker, e.identity) for e in events if e.type == "speaker.identified"]
+
+
+def test_enrolled_people_are_named_and_others_are_unknown():
+    events = run(
+        [Talk(0, 10, 200, 0), Talk(1, 250, 450, 1), Talk(0, 500, 650, 2)],
+        700,
+        enrolled(("Ada", 0), ("Bo", 5)),
+    )
+    assert told(events) == [("S1", "Ada"), ("S2", None)]
+    first = next(e for e in events if e.type == "speaker.identified")
+    assert first.score > 0.9
+    assert first.margin > 0.8
+    assert 2 <= first.evidence_s < 3
+    ended = [(e.speaker.label, e.speaker.identity) for e in events if e.type == "turn.ended"]
+    assert ended == [("S1", "Ada"), ("S2", None), ("S1", "Ada")]
+
+
+def test_past_turns_learn_the_name():
+    events = run([Talk(0, 10, 80), Talk(0, 120, 200)], 300, enrolled(("Ada", 0)))
+    revision = next(e for e in events if e.type == "speaker.revised")
+    assert (revision.from_label, revision.to_label) == ("S1", "Ada")
+    assert revision.reason == "identified"
+    assert revision.revision_of == ["T1"]
+    assert [e.speaker.identity for e in events if e.type == "turn.ended"] == [None, "Ada"]
+
+
+def test_a_voice_between_two_people_is_unknown():
+    people = PEOPLE.copy()
+    people[1] = (people[5] + people[6]) / 2**0.5
+    events = run([Talk(1, 10, 250)], 300, enrolled(("Ada", 5), ("Bo", 6)), people=people)
+    assert told(events) == [("S1", None)]
+    decided = next(e for e in events if e.type == "speaker.identified")
+    assert decided.score > 0.6
+    assert decided.margin < 0.08
+
+
+def test_nothing_is_decided_without_evidence():
+    assert told(run([Talk(0, 10, 90)], 200, enrolled(("Ada", 0)))) == []
+
+
+def test_an_identity_is_kept_until_it_is_clearly_wrong():
+    """The score falls below the threshold, but by less than `keep`: no change is told."""
+    tracks = Tracks(SETTINGS, embed=embed, voiceprints=enrolled(("Ada", 0)), stamp=Stamper())
+    voice = tracks._voices
+    near = 0.56 * PEOPLE[0] + (1 - 0.56**2) ** 0.5 * PEOPLE[1]
+    below = 0.52 * PEOPLE[0] + (1 - 0.52**2) ** 0.5 * PEOPLE[1]
+    far = 0.40 * PEOPLE[0] + (1 - 0.40**2) ** 0.5 * PEOPLE[1]
+    assert told(voice.observe(1, near, 3.0, [], 0)) == [("S1", "Ada")]
+    assert told(voice.observe(1, below, 3.0, [], 0)) == []
+    assert told(voice.observe(1, far, 3.0, [], 0)) == [("S1", None)]
+    assert told(voice.observe(2, below, 3.0, [], 0)) == [("S2", None)]
+
+
+def unlike_themselves():
+    """Two voices too unlike for clustering, both like person 0."""
+    people = PEOPLE.copy()
+    people[1] = 0.8 * PEOPLE[0] + 0.6 * PEOPLE[1]
+    people[2] = 0.8 * PEOPLE[0] - 0.6 * PEOPLE[1]
+    return people, SETTINGS.over({"speakers": {"same_threshold": 0.5}})
+
+
+def test_a_turn_unlike_its_speaker_is_known_by_the_enrolled_voice():
+    people, config = unlike_themselves()
+    talks = [Talk(1, 10, 200, 0), Talk(2, 250, 450, 1)]
+    events = run(talks, 500, enrolled(("Ada", 0)), config, people)
+    assert told(events) == [("S1", "Ada")]
+    assert [e.speaker.label for e in events if e.type == "turn.ended"] == ["S1", "S1"]
+    updates = [e.speaker.label for e in events if e.type == "turn.updated" and e.start > 4]
+    assert [label for label, _ in groupby(updates)] == ["S1", "S2", "S1"]
+
+
+def test_two_labels_of_one_person_become_one():
+    """The second voice has a turn too short for identity, then one that is long enough."""
+    people, config = unlike_themselves()
+    talks = [Talk(1, 10, 200, 0), Talk(2, 250, 340, 1), Talk(2, 400, 480, 1)]
+    config = config.over({"speakers": {"channel_bonus": 1.0}})
+    events = run(talks, 550, enrolled(("Ada", 0)), config, people)
+    assert [e.speaker.label for e in events if e.type == "turn.ended"] == ["S1", "S2", "S1"]
+    merges = [e for e in events if e.type == "speaker.revised" and e.reason == "merged"]
+    assert [(e.from_label, e.to_label, e.revision_of) for e in merges] == [("S2", "S1", ["T2"])]
+
+
+def test_the_mean_is_taken_off_both_sides():
+    shift = np.full(24, 2.0)
+    config = SETTINGS.over({"speakers": {"mean": shift.tolist()}})
+    gallery = Gallery(("Ada",), (PEOPLE[:1] + shift).astype(np.float32))
+    events = run([Talk(0, 10, 200)], 300, gallery, config, PEOPLE + shift)
+    assert told(events) == [("S1", "Ada")]
+
+
+def test_nobody_enrolled_nobody_told():
+    tracks = Tracks(SETTINGS, embed=embed, stamp=Stamper())
+    assert told(tracks.step(scene([Talk(0, 10, 200)], 300))) == []
+    assert tracks.step(Frames(start=300 * 320)) == []
