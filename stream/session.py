@@ -1,0 +1,274 @@
+"""One stream's life, from `session.opened` to `session.closed`.
+
+Sans-I/O: blocks go in, chunks for the encoder come out; frames go in, events come out.
+"""
+
+import secrets
+import uuid
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any, Final, Protocol
+
+from sinks.events import (
+    Error_,
+    Event,
+    Gap,
+    Heartbeat,
+    Latency,
+    SessionClosed,
+    SessionOpened,
+    Warning_,
+)
+from stream import clock
+from stream.batcher import Ready
+from stream.chunker import Chunk, Chunker
+from stream.sources.source import Block, GapReason
+from stream.tracks.frames import Frames
+
+Stamp = Callable[[int, int], dict[str, Any]]
+"""(start, end) in samples → the envelope's fields of one event; consumes its `seq`."""
+
+_REMEMBERED: Final = 4096
+"""Capture times kept: minutes of blocks. An older sample's is extrapolated from the oldest."""
+
+
+class TrackSet(Protocol):
+    """What a session asks of its tracks."""
+
+    def step(self, frames: Frames) -> Sequence[Event]:
+        """Frames → the events they cause, in order."""
+        ...
+
+    def flush(self, end: int) -> Sequence[Event]:
+        """The audio stops at sample ``end``: everything open is closed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a heartbeat tells of the process around the session."""
+
+    realtime_factor: float = 0.0
+    queue_depths: dict[str, int] = field(default_factory=dict[str, int])
+    dropped_partials: int = 0
+
+
+class Session:
+    """A stream's clock, slot, chunker and tracks.
+
+    Call `opened` first; then `feed` blocks; give every chunk it returns to the engine and the
+    chunk's frames to `take`, in order; at the end `close`, its chunks likewise, and `closed`.
+
+    Args:
+        stream_id: The source's name in the config.
+        source: What the source says it is.
+        checkpoint: Names of the loaded checkpoints.
+        latency: Chunk and look-ahead, for `session.opened`.
+        slot: The engine's slot.
+        chunker: Cuts the audio.
+        tracks: Builds the tracks around this session's stamp.
+        heartbeat_s: Audio seconds between heartbeats; 0 for none.
+        health: Asked at each heartbeat.
+        now: Monotonic seconds, the clock of `Block.captured`.
+    """
+
+    def __init__(
+        self,
+        *,
+        stream_id: str,
+        source: str,
+        checkpoint: Sequence[str],
+        latency: Latency,
+        slot: int,
+        chunker: Chunker,
+        tracks: Callable[[Stamp], TrackSet],
+        heartbeat_s: float = 5.0,
+        health: Callable[[], Health] = Health,
+        now: Callable[[], float] = monotonic,
+    ) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.stream_id = stream_id
+        self.resume_token = secrets.token_urlsafe(18)
+        self.slot = slot
+        self.chunker = chunker
+        self.tracks = tracks(self.stamp)
+        self.processed = 0
+        """Stream-clock sample up to which the encoder has heard the audio."""
+        self._source = source
+        self._checkpoint = list(checkpoint)
+        self._latency = latency
+        self._heartbeat = clock.samples(heartbeat_s)
+        self._health = health
+        self._now = now
+        self._seq = 0
+        self._segments = 0
+        self._stopped: GapReason | None = None  # the source said that its audio has stopped
+        # Bound: `feed` returns what it adds, and the caller gives each to the engine in turn.
+        self._inflight: deque[Chunk] = deque()
+        self._marks: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)  # (end, captured)
+        self._next_heartbeat = self._heartbeat
+        self._counts: Counter[str] = Counter()
+        self.lost = 0
+        """Samples that went into gaps."""
+        self._labels: set[str] = set()
+        self._words = 0
+
+    @property
+    def received(self) -> int:
+        """Stream-clock sample up to which audio has arrived."""
+        return self.chunker.position
+
+    def stamp(self, start: int, end: int) -> dict[str, Any]:
+        """Envelope fields of the next event, for the audio from ``start`` to ``end`` (samples)."""
+        seq = self._seq
+        self._seq += 1
+        lag_s = max(self._now() - self._captured(end), 0.0)
+        return {
+            "session_id": self.id,
+            "stream_id": self.stream_id,
+            "seq": seq,
+            "start": clock.seconds(max(start, 0)),
+            "end": clock.seconds(max(end, 0)),
+            "wall_time": datetime.now(UTC),
+            "lag_ms": round(lag_s * 1000, 3),
+        }
+
+    def opened(self) -> list[Event]:
+        """The session's first event."""
+        return [
+            SessionOpened(
+                **self.stamp(0, 0),
+                source=self._source,
+                checkpoint=self._checkpoint,
+                latency=self._latency,
+                resume_token=self.resume_token,
+            )
+        ]
+
+    def feed(self, block: Block) -> tuple[list[Event], list[Ready]]:
+        """A block → events about what is missing, and the chunks it completes."""
+        events: list[Event] = []
+        chunks: list[Chunk] = []
+        if block.lost:
+            events, chunks = self._gap(block.lost, block.reason or "overflow")
+        elif block.reason is not None and block.reason != self._stopped:
+            # The audio has stopped for an unknown time: what was heard must not wait for more.
+            chunks = self.chunker.end()
+            events.append(
+                Warning_(
+                    **self.stamp(self.received, self.received),
+                    code=f"source.{block.reason}",
+                    message=f"{self._source} gives no audio ({block.reason}); waiting for it",
+                )
+            )
+        if not block.lost:
+            self._stopped = block.reason
+        if len(block.samples):
+            self._stopped = None
+            chunks += self.chunker.feed(block.samples)
+            self._marks.append((self.received, block.captured))
+        return self._counted(events), self._ready(chunks)
+
+    def close(self) -> list[Ready]:
+        """The audio ends → the chunks that bring out what is still under way."""
+        return self._ready(self.chunker.end())
+
+    def closed(self, reason: str) -> list[Event]:
+        """The session's last event, once every chunk was taken."""
+        assert not self._inflight, f"closed with {len(self._inflight)} chunks under way"
+        totals = {
+            "audio_s": clock.seconds(self.received),
+            "lost_s": clock.seconds(self.lost),
+            "speakers": float(len(self._labels)),
+            "turns": float(self._counts["turn.ended"]),
+            "words": float(self._words),
+            "gaps": float(self._counts["gap"]),
+            "events": float(self._seq + 1),
+        }
+        return [
+            SessionClosed(**self.stamp(0, self.received), reason=reason, totals=totals),
+        ]
+
+    def failed(self, code: str, message: str) -> list[Event]:
+        """An `error` event: the source broke, or the house did."""
+        return [Error_(**self.stamp(self.received, self.received), code=code, message=message)]
+
+    def take(self, frames: Frames) -> list[Event]:
+        """The frames of the oldest chunk under way → the events they cause.
+
+        Frames carry stream-clock samples already. A chunk with non-finite samples becomes a `gap`:
+        the encoder heard zeros in its place and began afresh.
+        """
+        chunk = self._inflight.popleft()
+        end = chunk.start + chunk.valid
+        events: list[Event] = []
+        if frames.nonfinite:
+            self.lost += chunk.valid
+            events.append(
+                Gap(
+                    **self.stamp(chunk.start, end),
+                    lost_samples=chunk.valid,
+                    reason="non-finite",
+                )
+            )
+        if chunk.first:
+            self._segments += 1
+            if self._segments > 1:
+                # To the tracks a new segment is like a restart: nothing before may be joined to it.
+                frames = replace(frames, nonfinite=True)
+        events += self.tracks.step(frames)
+        if chunk.valid:
+            self.processed = end
+        if chunk.last:
+            events += self.tracks.flush(self.processed)
+        if self._heartbeat and self.processed >= self._next_heartbeat:
+            self._next_heartbeat = (self.processed // self._heartbeat + 1) * self._heartbeat
+            health = self._health()
+            events.append(
+                Heartbeat(
+                    **self.stamp(end, end),
+                    audio_received_s=clock.seconds(self.received),
+                    audio_processed_s=clock.seconds(self.processed),
+                    realtime_factor=health.realtime_factor,
+                    queue_depths=health.queue_depths,
+                    dropped_partials=health.dropped_partials,
+                )
+            )
+        return self._counted(events)
+
+    def _gap(self, lost: int, reason: GapReason) -> tuple[list[Event], list[Chunk]]:
+        start = self.received
+        chunks = self.chunker.gap(lost)
+        self.lost += lost
+        gap = Gap(**self.stamp(start, start + lost), lost_samples=lost, reason=reason)
+        return [gap], chunks
+
+    def _ready(self, chunks: list[Chunk]) -> list[Ready]:
+        self._inflight.extend(chunks)
+        return [
+            Ready(self.slot, chunk.start, chunk.samples, chunk.valid, chunk.first)
+            for chunk in chunks
+        ]
+
+    def _counted(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            self._counts[event.type] += 1
+            if event.type == "turn.ended":
+                self._labels.add(event.speaker.label)
+            elif event.type == "speaker.revised" and event.reason == "merged":
+                self._labels.discard(event.from_label)
+            elif event.type == "transcript.final":
+                self._words += len(event.words)
+        return events
+
+    def _captured(self, sample: int) -> float:
+        """When a sample was captured (monotonic seconds); now, before any was."""
+        if not self._marks:
+            return self._now()
+        at = min(bisect_left(self._marks, (sample, 0.0)), len(self._marks) - 1)
+        end, captured = self._marks[at]
+        return captured - max(end - sample, 0) / clock.SAMPLE_RATE

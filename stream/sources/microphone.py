@@ -1,0 +1,328 @@
+"""A sound device through PortAudio, on the assumption that it will be unplugged, hang and stall."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from stream.clock import SAMPLE_RATE
+from stream.resample import Resampler
+from stream.ring import Ring
+from stream.sources.source import Block, SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A sound device that can record.
+
+    Attributes:
+        index: PortAudio's number for it; changes when devices come and go.
+        name: Its name; the part that tells it apart is enough in a config.
+        channels: Input channels.
+        rate: Its own sample rate.
+        default: Whether it is the system's default.
+    """
+
+    index: int
+    name: str
+    channels: int
+    rate: int
+    default: bool
+
+
+def list_devices() -> list[Device]:
+    """Every device that can record, as PortAudio sees it now.
+
+    Raises:
+        SourceError: sounddevice or libportaudio2 is missing.
+    """
+    sd = _sounddevice()
+    default = sd.default.device[0]
+    return [
+        Device(
+            index=index,
+            name=str(device["name"]),
+            channels=int(device["max_input_channels"]),
+            rate=int(device["default_samplerate"]),
+            default=index == default,
+        )
+        for index, device in enumerate(sd.query_devices())
+        if device["max_input_channels"] > 0
+    ]
+
+
+class MicrophoneSource(BaseModel):
+    """A microphone: survives being unplugged, hanging, stalls and clock drift.
+
+    The session's clock follows the wall: what the device did not deliver becomes a gap of the
+    right length, with reason ``unplugged`` (the device went away or went silent) or ``overflow``
+    (samples were lost on the way to us).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["microphone"] = "microphone"
+    device: int | str | None = Field(
+        default=None, description="Index, or part of the name; null is the system's default."
+    )
+    block_ms: int = Field(default=20, ge=5, le=500, description="Audio a callback.")
+    buffer_ms: int = Field(
+        default=10_000, ge=500, description="What waits for the engine before the oldest is lost."
+    )
+    hang_ms: int = Field(
+        default=1_000, ge=200, description="Silence of the callback that means it hangs."
+    )
+    retry_ms: int = Field(default=500, ge=50, description="Between attempts to open it again.")
+
+    @property
+    def name(self) -> str:
+        """For `session.opened`."""
+        return f"microphone:{'default' if self.device is None else self.device}"
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
+        """Open the device → blocks, until closed.
+
+        Raises:
+            SourceError: no sounddevice, no such device, or it does not record.
+        """
+        sd = await asyncio.to_thread(_sounddevice)
+        line = await asyncio.to_thread(_Line, sd, self)
+        async with aclosing(self._blocks(sd, line)) as blocks:
+            yield blocks
+
+    async def _blocks(self, sd: Any, line: "_Line") -> AsyncGenerator[Block]:
+        # What came while the rest of the house was opened is not part of the session.
+        waited = line.ring.read()
+        read = waited.start + len(waited.samples)
+        resumes: float | None = None  # when the last sample before a loss of the device was heard
+        while True:
+            try:
+                async for block in self._hear(line, read):
+                    if resumes is not None:
+                        first = block.captured - len(block.samples) / SAMPLE_RATE
+                        lost = max(round((first - resumes) * SAMPLE_RATE), 0)
+                        yield Block(block.samples, block.captured, lost + block.lost, "unplugged")
+                    else:
+                        yield block
+                    resumes = None if len(block.samples) else resumes
+            finally:
+                await asyncio.to_thread(line.close)
+            if resumes is None:
+                resumes = line.heard
+            yield Block(np.zeros(0, np.float32), monotonic(), 0, "unplugged")
+            line = await self._reopen(sd)
+            read = 0
+
+    async def _hear(self, line: "_Line", read: int) -> AsyncGenerator[Block]:
+        """One opening of the device → blocks from sample ``read`` on, until it ends or hangs."""
+        resampler = Resampler(line.rate)
+        continuity = Continuity(line.rate)
+        quiet_s = 0.0
+        seen = line.pulse
+        looked = monotonic()
+        period = self.block_ms / 1000
+        while True:
+            await asyncio.sleep(period)
+            now = monotonic()
+            # A late look is our own stall, in which a callback had no chance either.
+            quiet_s += min(now - looked, 2 * period)
+            looked = now
+            ended = line.ended.is_set()
+            if line.pulse != seen:
+                quiet_s = 0.0
+                seen = line.pulse
+            upto, lost = continuity.step(*seen)
+            hung = quiet_s * 1000 >= self.hang_ms
+            if ended or hung:
+                upto, lost = seen[0], 0
+            while read < upto:
+                span = line.ring.read(upto - read)
+                missing = span.start - read
+                read = span.start + len(span.samples)
+                captured = seen[1] - (seen[0] - read) / line.rate
+                samples = resampler.step(span.samples.astype(np.float32) / np.float32(32768))
+                reason = "overflow" if missing else None
+                yield Block(samples, captured, _at_16k(missing, line.rate), reason)
+            if lost:
+                yield Block(np.zeros(0, np.float32), now, _at_16k(lost, line.rate), "overflow")
+            if ended or hung:
+                tail = resampler.flush()
+                if len(tail):
+                    yield Block(tail, line.heard)
+                return
+
+    async def _reopen(self, sd: Any) -> "_Line":
+        while True:
+            await asyncio.sleep(self.retry_ms / 1000)
+            try:
+                return await asyncio.to_thread(_again, sd, self)
+            except SourceError:
+                continue  # still away; the session already said so
+
+
+class Continuity:
+    """Tells lost samples from late ones, by the count of samples against the monotonic clock.
+
+    A stall of the device's callback raises no flag, whether or not samples were lost in it. After a
+    stall the count either catches up (nothing lost) or stays behind by what was lost; meanwhile the
+    samples that follow the stall are held back. A clock that drifts is followed, not mistaken.
+
+    Args:
+        rate: Nominal samples a second.
+        slack_ms: How late the count may be before it is suspect.
+        patience_ms: How long it may take to catch up.
+        drift: Fastest drift that is followed, as a fraction.
+    """
+
+    def __init__(
+        self, rate: int, *, slack_ms: int = 100, patience_ms: int = 500, drift: float = 0.02
+    ) -> None:
+        self._rate = rate
+        self._slack = rate * slack_ms / 1000
+        self._patience_s = patience_ms / 1000
+        self._drift = drift
+        self._floor: float | None = None  # samples the count is behind the clock, at its best
+        self._at = 0.0
+        self._good = 0  # the count before it became suspect
+        self._suspect: float | None = None
+        self._low = 0.0
+
+    def step(self, count: int, at: float) -> tuple[int, int]:
+        """The last callback brought the count of samples to ``count``, at ``at`` (monotonic s).
+
+        Returns:
+            The samples that may be passed on, as a count from the beginning, and how many samples
+            are missing right after them.
+        """
+        behind = at * self._rate - count
+        if self._floor is None:
+            self._floor = behind
+        elif self._suspect is None:
+            self._floor = min(behind, self._floor + self._drift * self._rate * (at - self._at))
+        self._at = at
+        if behind - self._floor <= self._slack:
+            self._suspect = None
+            self._good = count
+            return count, 0
+        if self._suspect is None:
+            self._suspect = at
+            self._low = behind
+        self._low = min(self._low, behind)
+        if at - self._suspect < self._patience_s:
+            return self._good, 0
+        lost = round(self._low - self._floor)
+        self._floor = self._low
+        self._suspect = None
+        upto, self._good = self._good, count
+        return upto, lost
+
+
+class _Line:
+    """One opening of the device. The constructor and `close` block: call them in a thread."""
+
+    def __init__(self, sd: Any, settings: MicrophoneSource) -> None:
+        index = _find(sd, settings.device)
+        self.rate = _rate(sd, index)
+        self.ring = Ring(self.rate * settings.buffer_ms // 1000, np.int16)
+        self.pulse = (0, monotonic())
+        """Samples so far and when the last of them came; replaced as one, by the callback."""
+        self.ended = threading.Event()
+        try:
+            self._stream = sd.RawInputStream(
+                device=index,
+                samplerate=self.rate,
+                channels=1,
+                dtype="int16",
+                blocksize=self.rate * settings.block_ms // 1000,
+                callback=self._callback,
+                finished_callback=self.ended.set,
+            )
+            _OPEN.add(id(self))
+            self._stream.start()
+        except sd.PortAudioError as error:
+            _OPEN.discard(id(self))
+            raise SourceError(f"microphone {settings.device}: {error}") from error
+
+    @property
+    def heard(self) -> float:
+        """When the last sample came (monotonic seconds)."""
+        return self.pulse[1]
+
+    def _callback(self, data: Any, frames: int, time: Any, status: Any) -> None:
+        """PortAudio's thread: copy, count, return."""
+        samples: NDArray[np.int16] = np.frombuffer(data, np.int16)
+        self.ring.write(samples)
+        self.pulse = (self.pulse[0] + len(samples), monotonic())
+
+    def close(self) -> None:
+        """Let the device go, hung or not."""
+        self._stream.abort(ignore_errors=True)
+        self._stream.close(ignore_errors=True)
+        _OPEN.discard(id(self))
+
+
+_OPEN: Final[set[int]] = set()
+"""Lines open in this process: PortAudio may only look for new devices when there is none."""
+
+
+def _again(sd: Any, settings: MicrophoneSource) -> _Line:
+    """Open a device that may have come back."""
+    if not _OPEN:
+        # PortAudio caches the list of devices from its initialisation.
+        sd._terminate()
+        sd._initialize()
+    return _Line(sd, settings)
+
+
+def _find(sd: Any, device: int | str | None) -> int:
+    """Index of the device that is meant.
+
+    Raises:
+        SourceError: none, or several, of that name; names those there are.
+    """
+    try:
+        info = sd.query_devices(device, "input")
+    except (ValueError, sd.PortAudioError) as error:
+        names = [f"{each.index}: {each.name}" for each in list_devices()]
+        wanted = "no default microphone" if device is None else f"unknown microphone {device!r}"
+        there = "; ".join(names) if names else "none"
+        raise SourceError(f"{wanted}; expected one of these: {there}") from error
+    return int(info["index"])
+
+
+def _rate(sd: Any, index: int) -> int:
+    """16 kHz where the device takes it, its own rate where not."""
+    try:
+        sd.check_input_settings(device=index, channels=1, dtype="int16", samplerate=SAMPLE_RATE)
+    except sd.PortAudioError:
+        return int(sd.query_devices(index)["default_samplerate"])
+    return SAMPLE_RATE
+
+
+def _at_16k(samples: int, rate: int) -> int:
+    return round(samples * SAMPLE_RATE / rate)
+
+
+def _sounddevice() -> Any:
+    """The optional driver.
+
+    Raises:
+        SourceError: it, or the system library it needs, is missing.
+    """
+    try:
+        import sounddevice
+    except ImportError as error:
+        raise SourceError('a microphone needs sounddevice: pip install "livesat[mic]"') from error
+    except OSError as error:
+        raise SourceError(
+            "a microphone needs PortAudio: apt-get install libportaudio2 (Debian, Ubuntu)"
+        ) from error
+    return sounddevice
