@@ -18,7 +18,6 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from sinks.events import (
@@ -324,7 +323,7 @@ class Picture:
         """Header, lanes, time axis and the latest note, `width` characters wide."""
         names = max([8, *(len(self._name(label)) for label in self.lanes)])
         names = min(names, max(8, width // 5))
-        cells = max(10, width - names - 11)
+        cells = max(10, width - names - 12)
         half = self.window_s / (2 * cells)  # scroll by whole half cells, or every bar shimmers
         end = max(self.window_s, math.ceil(self.now / half) * half)
         start = end - self.window_s
@@ -345,7 +344,7 @@ class Picture:
             parts += self._draw(label, start, end, names, cells)
         if not labels:
             waiting = "no speaker was heard" if self.closed else "listening …"
-            parts += [Text(f"{'':{names + 1}} {waiting}", "dim"), Text()]
+            parts += [Text(f"{'':{names + 2}} {waiting}", "dim"), Text()]
         if NOBODY in self.lanes or any(
             who == NOBODY for w in self.partial.values() for who, _ in w
         ):
@@ -354,14 +353,14 @@ class Picture:
         if both:
             parts.append(
                 Text.assemble(
-                    (f" {'overlap':<{names}} ", "dim"), (bar(both, start, end, cells), "dim red")
+                    (f"  {'overlap':<{names}} ", "dim"), (bar(both, start, end, cells), "dim red")
                 )
             )
         if self.gaps:
             lost = bar(self.gaps, start, end, cells)
             if lost.strip():
-                parts.append(Text.assemble((f" {'lost':<{names}} ", "dim"), (lost, "red")))
-        axis = Text.assemble((f"{'':{names + 1}} ", "dim"), (ruler(start, end, cells), "dim"))
+                parts.append(Text.assemble((f"  {'lost':<{names}} ", "dim"), (lost, "red")))
+        axis = Text.assemble((f"{'':{names + 2}} ", "dim"), (ruler(start, end, cells), "dim"))
         if hidden:
             axis.append(f" +{hidden} more", "dim")
         parts.append(axis)
@@ -406,7 +405,7 @@ class Picture:
             else:
                 track.append(glyph, lane.colour)
         line = Text.assemble(
-            ("●" if speaking else " ", lane.colour),
+            ("● " if speaking else "  ", lane.colour),
             name,
             " ",
             track,
@@ -430,7 +429,7 @@ class Picture:
             cut = shown.find(" ", len(shown) - room + 1)
             shown = "…" + shown[cut:] if cut >= 0 else "…" + shown[-(room - 1) :]
         dimmed = min(len(partial), len(shown))
-        text = Text(" " * (names + 2))
+        text = Text(" " * (names + 3))
         text.append(shown[: len(shown) - dimmed])
         text.append(shown[len(shown) - dimmed :], "dim italic")
         return text
@@ -539,21 +538,3 @@ class Progress:
         count = len(self._speakers)
         text = f"{clock(at)}  {count} speaker{'' if count == 1 else 's'}"
         self._bar.update(self._task, completed=at, at=text)
-
-
-def closing(picture: Picture) -> Table:
-    """A session's speakers with their share of the talk, for the end of a run."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("speaker", "talk", "share", "turns", "words"):
-        table.add_column(title, justify="left" if title == "speaker" else "right")
-    total = sum(lane.talk_s for lane in picture.lanes.values()) or 1.0
-    for label, lane in picture.lanes.items():
-        name = f"{label} {lane.identity}" if lane.identity else label
-        table.add_row(
-            Text(name, f"bold {lane.colour}"),
-            f"{lane.talk_s:.1f} s",
-            f"{100 * lane.talk_s / total:.0f} %",
-            str(lane.turns),
-            str(lane.words),
-        )
-    return table
