@@ -298,15 +298,20 @@ def read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        refused = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
-        if refused is not None and isinstance(error, pickle.UnpicklingError):
+        # torch's own message advises to load the file with execution allowed: never pass it on
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is not None:
             raise CheckpointError(
                 f"{path}: refused: its pickle asks for {refused[1]}, and a checkpoint may hold "
                 "only tensors and plain values; nothing was executed"
             ) from error
+        detail = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = (
+            type(error).__name__ if isinstance(error, pickle.UnpicklingError) else _brief(error)
+        )
         raise CheckpointError(
             f"{path}: expected a PyTorch checkpoint; it is another kind of file or is cut short "
-            f"({_brief(error)})"
+            f"({detail[1] if detail else reason})"
         ) from error
 
 
@@ -363,6 +368,10 @@ def _split(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     return encoder, head
 
 
+def _trains_only(name: str) -> bool:
+    return name.removeprefix(f"{BASE}.").split(".")[0] in _TRAINING_ONLY
+
+
 def content_hash(state: Mapping[str, Tensor]) -> str:
     """A digest of the encoder's weights: equal for checkpoints that can share one encoder pass.
 
@@ -373,7 +382,7 @@ def content_hash(state: Mapping[str, Tensor]) -> str:
     encoder, _ = _split(state)
     digest = hashlib.sha256()
     for name in sorted(encoder):
-        if name in _TRAINING_ONLY:
+        if _trains_only(name):
             continue
         value = state[encoder[name]].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -424,7 +433,7 @@ def fit(
             if name not in have:
                 top = name.split(".")[0]
                 fresh = head and top not in present and not complete
-                if fresh or top in _TRAINING_ONLY or _ADAPTER_NAME.match(name):
+                if fresh or _trains_only(name) or _ADAPTER_NAME.match(name):
                     new.append(target)
                 else:
                     problems.append(f"missing {target} {list(expected[target].shape)}")
@@ -601,7 +610,7 @@ def load_model(
         complete=complete,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
-    if heads := [name for name in report.new if name.split(".")[0] not in _TRAINING_ONLY]:
+    if heads := [name for name in report.new if not _trains_only(name)]:
         warnings.warn(
             f"{path_or_id}: no tensors for {', '.join(heads)}: newly initialised, train before use",
             UserWarning,
@@ -633,11 +642,10 @@ def _dtype(dtype: torch.dtype | str | None, state: Mapping[str, Tensor]) -> torc
         return torch.float32
     if dtype == "auto":
         return next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point torch dtype or 'auto', got {dtype!r}")
-    return dtype
+    return named
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
