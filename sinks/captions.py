@@ -202,7 +202,7 @@ def cues(words: Sequence[Word], who: str | None, *, prefix: bool) -> list[Cue]:
         fitting = wrap(lead + " ".join(w.word for w in (*taken, word)))
         if taken and (
             len(fitting) > LINES
-            or word.end - taken[0].start > LONGEST_S
+            or round(word.end - taken[0].start, 3) > LONGEST_S
             or word.start - taken[-1].end > PAUSE_S
         ):
             finish()

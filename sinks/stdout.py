@@ -137,9 +137,9 @@ class StdoutSink:
             await asyncio.to_thread(_write, "".join(f"{line}\n" for line in lines))
         except BrokenPipeError:
             # `livesat … | head`: the reader has had enough, which is no error of ours.
-            log.info("standard output closed by its reader")
             self._closed = True
             _discard_output()
+            log.info("standard output closed by its reader")
         except (OSError, ValueError) as error:
             raise SinkError(f"cannot write to standard output: {error}") from None
 
