@@ -263,6 +263,8 @@ class Picture:
             self._drop_if_empty(before.label)
 
     def _revise(self, event: SpeakerRevised) -> None:
+        if event.reason == "identified":  # the lane stays, `speaker.identified` named it
+            return
         target = self._lane(event.to_label)
         for turn_id in event.revision_of:
             turn = self.turns.get(turn_id)

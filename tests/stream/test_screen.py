@@ -158,6 +158,12 @@ def test_a_known_person_is_named():
             **stamp(0, 4), speaker="S1", identity="Nora", score=0.8, margin=0.3, evidence_s=4
         )
     )
+    picture.take(
+        SpeakerRevised(
+            **stamp(4, 4), revision_of=["t1"], from_label="S1", to_label="Nora", reason="identified"
+        )
+    )
+    assert list(picture.lanes) == ["S1"]
     assert "S1 Nora" in "\n".join(drawn(picture))
 
 
