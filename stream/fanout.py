@@ -17,6 +17,7 @@ A partial that failed once is dropped: by the time it could be repeated it is ou
 
 import asyncio
 import random
+import traceback
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -253,7 +254,7 @@ class Lane:
                     await self._feed(sink)
             except Exception as error:  # noqa: BLE001 - whatever a sink does, the others go on
                 self._opened(error)
-                self._failed(error)
+                await self._failed(error)
             else:
                 return
             finally:
@@ -289,7 +290,7 @@ class Lane:
                     self._spool.drop()
                     raise
                 except Exception as error:  # noqa: BLE001 - whatever a sink does, the others go on
-                    self._failed(error)
+                    await self._failed(error)
                     attempts += 1
                     endless = isinstance(error, SinkError) and not isinstance(error, Rejected)
                     if self._spool.drop():
@@ -329,17 +330,21 @@ class Lane:
             "event set aside", id=event.id, type=event.type, error=self._statistics.last_error
         )
 
-    def _failed(self, error: Exception) -> None:
-        foreseen = isinstance(error, SinkError | OSError)
+    async def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._statistics.retries += 1
         self._statistics.last_error = str(error) or type(error).__name__
+        more: dict[str, str] = {}
+        if not isinstance(error, SinkError | OSError):
+            # A bug, then. A traceback reads source files: not on the event loop.
+            lines = await asyncio.to_thread(traceback.format_exception, error)
+            more["exception"] = "".join(lines)
         self._log.warning(
             "sink failed",
             error=self._statistics.last_error,
             failures=self._failures,
             waiting=len(self._spool),
-            exc_info=None if foreseen else error,
+            **more,
         )
 
     async def _back_off(self) -> None:
