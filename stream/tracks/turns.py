@@ -487,7 +487,7 @@ class Turns:
         moved = set(revision.turns)
         merged = revision.reason == "merged"
         if merged and self.voices is not None:
-            self.voices.merged(revision.source, revision.target)
+            self.voices.merged(revision.source)
         for channel in state.channels:
             if channel.label == revision.source and merged:
                 channel.label = revision.target

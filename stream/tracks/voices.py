@@ -124,7 +124,7 @@ class Voices:
 
         Returns:
             speaker.identified when the label is decided for the first time or otherwise, then
-            speaker.revised for its past turns if it now has a name.
+            speaker.revised for its past turns if it got a name, or lost one.
         """
         if not self._names or evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
             return []
@@ -143,25 +143,22 @@ class Voices:
                 **self._stamp(now, now),
             )
         ]
-        if verdict.identity is not None and turns:
-            was = None if before is None else before.identity
+        was = None if before is None else before.identity
+        if verdict.identity != was and turns:
             events.append(
                 SpeakerRevised(
                     revision_of=turns,
                     from_label=was or f"S{label}",
-                    to_label=verdict.identity,
+                    to_label=verdict.identity or f"S{label}",
                     reason="identified",
                     **self._stamp(now, now),
                 )
             )
         return events
 
-    def merged(self, source: int, target: int) -> None:
-        """Forgets a label that became another; the name of either is kept."""
-        gone = self.state.verdicts.pop(source, None)
-        kept = self.state.verdicts.get(target)
-        if gone is not None and (kept is None or kept.identity is None):
-            self.state.verdicts[target] = gone
+    def merged(self, source: int) -> None:
+        """Forgets a label that became another, which is compared anew at its next turn."""
+        self.state.verdicts.pop(source, None)
 
     def forget(self, label: int) -> None:
         """The session has no such speaker any more; the number may get another voice."""

@@ -1,0 +1,341 @@
+"""Enrolled voices: embeddings of people who agreed to be recognised, in one SQLite file.
+
+A voiceprint is biometric data: it is kept with the consent it rests on and may expire, the file is
+readable by its owner alone, and `forget` overwrites what it deletes.
+"""
+
+import os
+import sqlite3
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.tracks.voices import Gallery
+
+VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE voices (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE COLLATE NOCASE,
+    created TEXT NOT NULL,
+    consent TEXT NOT NULL,
+    expires TEXT
+) STRICT;
+CREATE TABLE clips (
+    id INTEGER PRIMARY KEY,
+    voice INTEGER NOT NULL REFERENCES voices (id) ON DELETE CASCADE,
+    checkpoint TEXT NOT NULL,
+    embedding BLOB NOT NULL,
+    evidence_s REAL NOT NULL,
+    created TEXT NOT NULL
+) STRICT;
+CREATE INDEX clips_voice ON clips (voice);
+"""
+
+
+class VoiceprintError(Exception):
+    """A voice that is not there or does not fit; what was given and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """An enrolled person.
+
+    Attributes:
+        name: As enrolled; names that differ only in case are one.
+        clips: Recordings it was enrolled from.
+        evidence_s: Seconds of speech in them.
+        created: When the first was enrolled.
+        consent: The note of what the person agreed to.
+        expires: When it is erased; None is never.
+        checkpoints: Content ids of the checkpoints that made the embeddings.
+    """
+
+    name: str
+    clips: int
+    evidence_s: float
+    created: datetime
+    consent: str
+    expires: datetime | None
+    checkpoints: tuple[str, ...]
+
+
+def default_path() -> Path:
+    """Where this user's voices are, by the platform's custom."""
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return base / "livesat" / "voices.db"
+
+
+class Voiceprints:
+    """The store; use `open`. Every method is a transaction of its own."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._db = database
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path | None = None, *, now: datetime | None = None) -> Generator[Self]:
+        """Opens the store, making it if there is none; voices that have expired are erased.
+
+        Args:
+            path: The file; None keeps everything in memory.
+            now: For expiry; None is the present.
+
+        Raises:
+            VoiceprintError: the file cannot be opened, is no store, or is one of a newer version.
+        """
+        if path is not None:
+            _private(path)
+        try:
+            database = sqlite3.connect(":memory:" if path is None else path, timeout=5.0)
+        except sqlite3.Error as error:
+            raise VoiceprintError(f"{path}: cannot be opened ({error})") from error
+        try:
+            store = cls(database)
+            try:
+                store._prepare(path)
+                store._expire(now or datetime.now(UTC))
+            except sqlite3.DatabaseError as error:
+                raise VoiceprintError(f"{path}: not a database of voices ({error})") from error
+            yield store
+        finally:
+            database.close()
+
+    def add(
+        self,
+        name: str,
+        embedding: NDArray[np.floating[Any]],
+        *,
+        checkpoint: str,
+        evidence_s: float,
+        consent: str,
+        expires: datetime | None = None,
+        now: datetime | None = None,
+    ) -> Voice:
+        """Enrols a clip of a person; a further clip of a known name adds to that voice.
+
+        Args:
+            name: The person's.
+            embedding: [E] as the x-vector head gives it.
+            checkpoint: Content id of the checkpoint that made it.
+            evidence_s: Seconds of speech behind it.
+            consent: What the person agreed to; a further clip replaces the note if not empty.
+            expires: When to erase the voice; with a zone.
+            now: None is the present.
+
+        Raises:
+            VoiceprintError: an empty name or consent, an embedding that is not finite or of
+                another size, or clips of that voice from another checkpoint.
+        """
+        name = " ".join(name.split())
+        vector = np.ascontiguousarray(embedding, "<f4")
+        if not name:
+            raise VoiceprintError("expected a name, got an empty one")
+        if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+            raise VoiceprintError(f"{name}: expected a finite embedding [E], got {vector.shape}")
+        if expires is not None and expires.tzinfo is None:
+            raise VoiceprintError(f"{name}: expected an expiry with a time zone, got {expires}")
+        moment = (now or datetime.now(UTC)).isoformat()
+        with self._db:
+            row = self._db.execute("SELECT id FROM voices WHERE name = ?", (name,)).fetchone()
+            if row is None and not consent.strip():
+                raise VoiceprintError(f"{name}: expected a note of consent, got an empty one")
+            self._refuse_others(name, checkpoint, vector.size)
+            if row is None:
+                cursor = self._db.execute(
+                    "INSERT INTO voices (name, created, consent) VALUES (?, ?, ?)",
+                    (name, moment, consent.strip()),
+                )
+                voice = cursor.lastrowid
+            else:
+                voice = row[0]
+                if consent.strip():
+                    self._db.execute(
+                        "UPDATE voices SET consent = ? WHERE id = ?", (consent.strip(), voice)
+                    )
+            if expires is not None:
+                when = expires.astimezone(UTC).isoformat()
+                self._db.execute("UPDATE voices SET expires = ? WHERE id = ?", (when, voice))
+            self._db.execute(
+                "INSERT INTO clips (voice, checkpoint, embedding, evidence_s, created) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (voice, checkpoint, vector.tobytes(), float(evidence_s), moment),
+            )
+        return self.get(name)
+
+    def voices(self) -> list[Voice]:
+        """All voices, by name."""
+        names = self._db.execute("SELECT name FROM voices ORDER BY name COLLATE NOCASE")
+        return [self.get(name) for (name,) in names.fetchall()]
+
+    def get(self, name: str) -> Voice:
+        """A voice by its name.
+
+        Raises:
+            VoiceprintError: nobody of that name; the message names those there are.
+        """
+        row = self._db.execute(
+            "SELECT id, name, created, consent, expires FROM voices WHERE name = ?", (name,)
+        ).fetchone()
+        if row is None:
+            raise VoiceprintError(self._nobody(name))
+        voice, name, created, consent, expires = row
+        clips = self._db.execute(
+            "SELECT checkpoint, evidence_s FROM clips WHERE voice = ? ORDER BY id", (voice,)
+        ).fetchall()
+        return Voice(
+            name=name,
+            clips=len(clips),
+            evidence_s=sum(evidence for _, evidence in clips),
+            created=datetime.fromisoformat(created),
+            consent=consent,
+            expires=None if expires is None else datetime.fromisoformat(expires),
+            checkpoints=tuple(dict.fromkeys(checkpoint for checkpoint, _ in clips)),
+        )
+
+    def rename(self, name: str, new: str) -> Voice:
+        """Gives a voice another name.
+
+        Raises:
+            VoiceprintError: nobody of that name, or the new one is empty or taken.
+        """
+        new = " ".join(new.split())
+        if not new:
+            raise VoiceprintError("expected a name, got an empty one")
+        voice = self.get(name)
+        try:
+            with self._db:
+                self._db.execute("UPDATE voices SET name = ? WHERE name = ?", (new, voice.name))
+        except sqlite3.IntegrityError as error:
+            raise VoiceprintError(f"{new}: this name is taken; forget it first") from error
+        return self.get(new)
+
+    def forget(self, name: str) -> Voice:
+        """Erases a voice: its bytes are overwritten and the file is written anew without them.
+
+        Returns:
+            What was forgotten.
+
+        Raises:
+            VoiceprintError: nobody of that name.
+        """
+        voice = self.get(name)
+        self._erase([voice.name])
+        return voice
+
+    def gallery(self, checkpoint: str, *, strict: bool = True) -> Gallery:
+        """The voices to look for: each the mean of its clips, weighted by their speech.
+
+        Args:
+            checkpoint: Content id of the checkpoint that runs.
+            strict: Voices of other checkpoints are an error; else they are left out.
+
+        Raises:
+            VoiceprintError: a voice was enrolled with another checkpoint: embeddings of two
+                checkpoints cannot be compared.
+        """
+        if strict:
+            others = self._others(checkpoint)
+            if others:
+                raise VoiceprintError(
+                    f"{', '.join(others)}: enrolled with another checkpoint than {checkpoint}; "
+                    f"enroll again with this one, or run with that"
+                )
+        rows = self._db.execute(
+            "SELECT name, embedding, evidence_s FROM clips JOIN voices ON voices.id = voice "
+            "WHERE checkpoint = ? ORDER BY name COLLATE NOCASE, clips.id",
+            (checkpoint,),
+        ).fetchall()
+        clips: dict[str, list[tuple[NDArray[np.float32], float]]] = {}
+        for name, blob, evidence_s in rows:
+            vector = np.frombuffer(blob, "<f4")
+            clips.setdefault(name, []).append((vector, max(evidence_s, 1e-3)))
+        means = [
+            np.average([v for v, _ in each], axis=0, weights=[w for _, w in each])
+            for each in clips.values()
+        ]
+        vectors = np.asarray(means, np.float32) if means else np.zeros((0, 0), np.float32)
+        return Gallery(tuple(clips), vectors)
+
+    def _prepare(self, path: Path | None) -> None:
+        # Deleted content is overwritten, also in the pages that VACUUM copies.
+        self._db.execute("PRAGMA secure_delete = ON")
+        self._db.execute("PRAGMA temp_store = MEMORY")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise VoiceprintError(
+                f"{path}: expected a database of version {VERSION}, got {version}: "
+                "it belongs to a newer livesat"
+            )
+        if version < VERSION:
+            tables = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            if tables != (0,):
+                raise VoiceprintError(f"{path}: not a database of voices (it holds other tables)")
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+
+    def _expire(self, now: datetime) -> None:
+        rows = self._db.execute("SELECT name, expires FROM voices WHERE expires IS NOT NULL")
+        gone = [name for name, at in rows.fetchall() if datetime.fromisoformat(at) <= now]
+        if gone:
+            self._erase(gone)
+
+    def _erase(self, names: Iterable[str]) -> None:
+        with self._db:
+            self._db.executemany("DELETE FROM voices WHERE name = ?", [(name,) for name in names])
+        self._db.execute("VACUUM")
+
+    def _others(self, checkpoint: str) -> list[str]:
+        rows = self._db.execute(
+            "SELECT DISTINCT name FROM clips JOIN voices ON voices.id = voice "
+            "WHERE checkpoint <> ? ORDER BY name COLLATE NOCASE",
+            (checkpoint,),
+        )
+        return [name for (name,) in rows.fetchall()]
+
+    def _refuse_others(self, name: str, checkpoint: str, size: int) -> None:
+        rows = self._db.execute(
+            "SELECT checkpoint, length(embedding), name = ? COLLATE NOCASE "
+            "FROM clips JOIN voices ON voices.id = voice",
+            (name,),
+        ).fetchall()
+        for other, length, same in rows:
+            if same and other != checkpoint:
+                raise VoiceprintError(
+                    f"{name}: has clips of checkpoint {other}, this one is of {checkpoint}; "
+                    "forget the voice and enroll it again"
+                )
+            if other == checkpoint and length != 4 * size:
+                raise VoiceprintError(
+                    f"{name}: expected an embedding of {length // 4} values like the others of "
+                    f"checkpoint {checkpoint}, got {size}"
+                )
+
+    def _nobody(self, name: str) -> str:
+        rows = self._db.execute("SELECT name FROM voices ORDER BY name COLLATE NOCASE")
+        names = ", ".join(known for (known,) in rows.fetchall())
+        return f"{name}: nobody of that name is enrolled; there is {names or 'no voice yet'}"
+
+
+def _private(path: Path) -> None:
+    """Makes folder and file for their owner alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            path.touch(mode=0o600)
+    except OSError as error:
+        raise VoiceprintError(f"{path}: cannot be made ({error.strerror})") from error

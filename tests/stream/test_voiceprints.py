@@ -1,0 +1,158 @@
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stream.voiceprints import VoiceprintError, Voiceprints, default_path
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def vector(seed, size=192):
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+def enrol(store, name, seed, **options):
+    given = {"checkpoint": "abc", "evidence_s": 3.0, "consent": "said yes", "now": NOW, **options}
+    return store.add(name, vector(seed), **given)
+
+
+@pytest.fixture
+def store():
+    with Voiceprints.open() as store:
+        yield store
+
+
+def test_a_voice_is_the_weighted_mean_of_its_clips(store):
+    enrol(store, "Ada", 1, evidence_s=1.0)
+    voice = enrol(store, "ada", 2, evidence_s=3.0, consent="")
+    assert (voice.name, voice.clips, voice.evidence_s) == ("Ada", 2, 4.0)
+    assert (voice.created, voice.consent, voice.expires) == (NOW, "said yes", None)
+    assert voice.checkpoints == ("abc",)
+    enrol(store, "  Grace   Hopper ", 3)
+    gallery = store.gallery("abc")
+    assert gallery.names == ("Ada", "Grace Hopper")
+    assert gallery.vectors.dtype == np.float32
+    expected = np.stack([0.25 * vector(1) + 0.75 * vector(2), vector(3)])
+    np.testing.assert_allclose(gallery.vectors, expected, rtol=1e-6)
+
+
+def test_an_empty_store_has_an_empty_gallery(store):
+    assert store.voices() == []
+    gallery = store.gallery("abc")
+    assert gallery.names == ()
+    assert gallery.vectors.shape == (0, 0)
+
+
+def test_another_checkpoint_is_refused(store):
+    enrol(store, "Ada", 1)
+    with pytest.raises(VoiceprintError, match=r"Ada: has clips of checkpoint abc, .* of def"):
+        enrol(store, "Ada", 2, checkpoint="def")
+    enrol(store, "Bo", 2, checkpoint="def")
+    with pytest.raises(VoiceprintError, match=r"Bo: enrolled with another checkpoint than abc"):
+        store.gallery("abc")
+    assert store.gallery("abc", strict=False).names == ("Ada",)
+
+
+def test_what_cannot_be_a_voice_is_refused(store):
+    with pytest.raises(VoiceprintError, match="expected a name"):
+        enrol(store, "  ", 1)
+    with pytest.raises(VoiceprintError, match="Ada: expected a note of consent"):
+        enrol(store, "Ada", 1, consent=" ")
+    options = {"checkpoint": "abc", "evidence_s": 1.0, "consent": "yes"}
+    with pytest.raises(VoiceprintError, match=r"expected a finite embedding \[E\], got \(2, 3\)"):
+        store.add("Ada", np.zeros((2, 3)), **options)
+    with pytest.raises(VoiceprintError, match="expected a finite embedding"):
+        store.add("Ada", np.array([np.nan]), **options)
+    with pytest.raises(VoiceprintError, match="expiry with a time zone"):
+        enrol(store, "Ada", 1, expires=datetime(2027, 1, 1))  # noqa: DTZ001 - the point
+    enrol(store, "Ada", 1)
+    with pytest.raises(VoiceprintError, match=r"expected an embedding of 192 values .* got 3"):
+        store.add("Bo", np.ones(3), **options)
+    assert [voice.name for voice in store.voices()] == ["Ada"]
+
+
+def test_rename(store):
+    enrol(store, "Ada", 1)
+    enrol(store, "Bo", 2)
+    assert store.rename("ada", "Ada L.").name == "Ada L."
+    with pytest.raises(VoiceprintError, match=r"ada l.: this name is taken"):
+        store.rename("Bo", "ada l.")
+    with pytest.raises(VoiceprintError, match=r"Cy: nobody .* there is Ada L., Bo"):
+        store.rename("Cy", "Di")
+    with pytest.raises(VoiceprintError, match="expected a name"):
+        store.rename("Bo", "")
+
+
+def test_forgotten_is_erased_from_the_file(tmp_path):
+    path = tmp_path / "deep" / "voices.db"
+    with Voiceprints.open(path) as store:
+        for seed in range(40):
+            enrol(store, f"Person {seed}", seed)
+        enrol(store, "Secretive", 99)
+    assert vector(99).tobytes()[:64] in path.read_bytes()
+    with Voiceprints.open(path) as store:
+        assert store.forget("secretive").name == "Secretive"
+        with pytest.raises(VoiceprintError, match="nobody of that name"):
+            store.get("Secretive")
+        assert len(store.voices()) == 40
+    content = path.read_bytes()
+    assert vector(99).tobytes()[:64] not in content
+    assert b"Secretive" not in content
+    assert [file.name for file in path.parent.iterdir()] == ["voices.db"]
+
+
+def test_expired_voices_are_erased_when_the_store_opens(tmp_path):
+    path = tmp_path / "voices.db"
+    with Voiceprints.open(path, now=NOW) as store:
+        enrol(store, "Ada", 1, expires=NOW + timedelta(days=30))
+        enrol(store, "Bo", 2)
+    with Voiceprints.open(path, now=NOW + timedelta(days=29)) as store:
+        assert store.get("Ada").expires == NOW + timedelta(days=30)
+    with Voiceprints.open(path, now=NOW + timedelta(days=30)) as store:
+        assert [voice.name for voice in store.voices()] == ["Bo"]
+    assert vector(1).tobytes()[:64] not in path.read_bytes()
+
+
+def test_the_file_is_its_owners_alone(tmp_path):
+    path = tmp_path / "new" / "voices.db"
+    with Voiceprints.open(path):
+        pass
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_file_that_is_no_store_is_refused(tmp_path):
+    text = tmp_path / "voices.db"
+    text.write_text("not a database, but long enough to be read as one\n" * 100)
+    with (
+        pytest.raises(VoiceprintError, match=r"voices.db: not a database of voices"),
+        Voiceprints.open(text),
+    ):
+        pass
+    with (
+        pytest.raises(VoiceprintError, match="cannot be made"),
+        Voiceprints.open(text / "below" / "voices.db"),
+    ):
+        pass
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path):
+    import sqlite3
+
+    path = tmp_path / "voices.db"
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 9")
+    database.close()
+    with pytest.raises(VoiceprintError, match="got 9"), Voiceprints.open(path):
+        pass
+
+
+def test_the_default_place_follows_the_platform(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_path() == tmp_path / "livesat" / "voices.db"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert default_path() == Path.home() / ".local" / "share" / "livesat" / "voices.db"
