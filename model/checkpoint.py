@@ -166,7 +166,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object, keys sorted, as the published files are."""
+    """Write a JSON object, keys sorted, as the published files are; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
@@ -621,7 +622,7 @@ def load_model(
 
     target = _dtype(dtype, taken)
     model = cls(config) if report.new or _unnamed_tensors(shell) else shell
-    taken = {name: _cast(value, target) for name, value in taken.items()}
+    taken = {name: _owned(value, target) for name, value in taken.items()}
     model.load_state_dict(taken, strict=False, assign=True)
     model.to(device=device, dtype=target)
     model.eval()
@@ -648,8 +649,9 @@ def _dtype(dtype: torch.dtype | str | None, state: Mapping[str, Tensor]) -> torc
     return named
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.is_floating_point() else value
+def _owned(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory of its own: a tensor of a safetensors file maps the file, unaligned."""
+    return value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -671,24 +673,30 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
     shards = _shards(state, _bytes(max_shard_size))
-    for stale in (*WEIGHTS, *(path.name for path in folder.glob("model-*-of-*.safetensors"))):
-        (folder / stale).unlink(missing_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if len(shards) == 1:
-        _write_safetensors(folder / WEIGHTS[0], state)
-        return
+    written: set[str] = set()
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS[0]
         _write_safetensors(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
-    size = sum(v.nbytes for v in state.values())
-    write_json(folder / WEIGHTS[1], {"metadata": {"total_size": size}, "weight_map": weight_map})
+        written.add(name)
+    if len(shards) > 1:
+        size = sum(v.nbytes for v in state.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / WEIGHTS[1], index)
+        written.add(WEIGHTS[1])
+    earlier = {*WEIGHTS, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    for stale in earlier - written:
+        (folder / stale).unlink(missing_ok=True)
 
 
 def _write_safetensors(path: Path, state: State) -> None:
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    """Write a file whole or not at all: readers may hold or map the one that it replaces."""
+    part = path.with_name(f".{path.name}.part")
+    safetensors.torch.save_file(state, part, metadata={"format": "pt"})
+    part.replace(path)
 
 
 def _shards(state: State, limit: int | None) -> list[State]:

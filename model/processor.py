@@ -259,7 +259,6 @@ class Wav2Vec2FeatureExtractor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``preprocessor_config.json``."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / PREPROCESSOR_FILE, self.to_dict())
 
 
@@ -847,7 +846,6 @@ class Wav2Vec2CTCTokenizer:
         ``added_tokens.json`` is written where tokens stand beside the vocabulary.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,

@@ -172,6 +172,17 @@ def test_writes_shards_that_both_load(tmp_path):
         save_model(model, tmp_path, max_shard_size="huge")
 
 
+def test_a_checkpoint_can_be_replaced_while_it_is_in_use(tmp_path):
+    made(UniSpeechSatForCTC).save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    before = outputs(model)
+    made(UniSpeechSatForCTC, seed=8).save_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(model), before, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(load_pretrained(tmp_path)), before, atol=0, rtol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_dtypes(tmp_path):
     model = made(UniSpeechSatModel)
     half = {k: v.half() for k, v in model.state_dict().items()}
@@ -664,7 +675,7 @@ def test_languages_are_adapters_on_one_model(adapted, lang):
 
 
 def test_adapters_agree_with_transformers(adapted):
-    # The published UniSpeechSatForCTC cannot load adapters today; its sister of the same layers can.
+    # The published UniSpeechSatForCTC cannot load adapters today; its sister, alike, can.
     ours = UniSpeechSatForCTC.from_pretrained(adapted)
     values = {k: v for k, v in ours.config.to_dict().items() if k != "model_type"}
     theirs = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**values)).eval()

@@ -182,7 +182,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(kind):
     everything = utterance_contrastive_loss(
         model.speaker_proj(speaker), model.project_q(codes[0]), mask.nonzero()[:, 0], 0.1
     )
-    assert 0 < float(out.contrastive_loss) <= float(everything)
+    assert 0 < out.contrastive_loss.item() <= everything.item()
 
 
 def test_padding_is_neither_masked_nor_counted():
@@ -205,7 +205,7 @@ def test_a_given_mask_is_used():
     out = model(wave(2, SAMPLES), mask_time_indices=mask, labels=clusters(model, 2))
     assert torch.equal(out.mask_time_indices, mask)
     empty = model(wave(2, SAMPLES), mask_time_indices=mask & False, labels=clusters(model, 2))
-    assert float(empty.prediction_loss + empty.contrastive_loss) == 0
+    assert (empty.prediction_loss + empty.contrastive_loss).item() == 0
     assert torch.isfinite(empty.loss)
 
 
