@@ -134,7 +134,7 @@ class MqttSettings(SinkSettings, frozen=True):
         if self.password is not None and self.password_env is not None:
             raise ValueError("expected password or password_env, got both")
         if self.username is None and (self.password is not None or self.password_env is not None):
-            raise ValueError("expected a username with the password")
+            raise ValueError("expected a username with the password, got none")
         return self
 
     @property
