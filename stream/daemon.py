@@ -20,12 +20,13 @@ from stream import clock
 from stream.batcher import Batcher, Batches, Ready
 from stream.chunker import Chunker
 from stream.config import Config, ConfigError
-from stream.engine import Engine
+from stream.engine import Engine, EngineFull
 from stream.fanout import Fanout
 from stream.metrics import Histogram
 from stream.session import Health, Session, Stamp
 from stream.sources.source import Block, Source, SourceError
 from stream.tracks import Gallery, Tracks, TracksSettings
+from stream.voiceprints import Voiceprints, default_path
 
 log = structlog.get_logger(__name__)
 
@@ -113,11 +114,13 @@ async def run(
         EngineError: a checkpoint or device cannot be used, or slots are fewer than sources.
         SourceError: a source cannot be opened, in which case nothing ran; or one failed later, in
             which case its session was closed with reason "error" and all else ran to its end.
+        VoiceprintError: the enrolled voices named in the configuration cannot be used.
         SinkError: a sink cannot be opened, or finals did not reach it.
     """
     config.log.configure()
     house = _House(config, on_event, stop or asyncio.Event())
     async with AsyncExitStack() as stack:
+        stack.enter_context(_signals(house.stop))  # first, so that it outlives the sinks' drain
         # What can fail on the user's mistake comes before anything is written.
         blocks = {
             name: await stack.enter_async_context(source.open())
@@ -126,13 +129,17 @@ async def run(
         house.engine = await stack.enter_async_context(
             Engine(config.engine, streams=len(config.sources))
         )
-        house.settings = _thresholds(config, house.engine)
-        house.gallery = _gallery(config, house.engine)
+        if house.engine.slots < len(config.sources):
+            raise EngineFull(
+                f"engine.slots is {house.engine.slots}, "
+                f"but there are {len(config.sources)} sources; expected as many slots or more"
+            )
+        house.settings = await asyncio.to_thread(_thresholds, config, house.engine)
+        house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
         )
-        with _signals(house.stop):
-            await house.serve(blocks)
+        await house.serve(blocks)
     if house.failures:
         raise SourceError("\n".join(house.failures))
     return house.summary()
@@ -327,7 +334,13 @@ def _thresholds(config: Config, engine: Engine) -> TracksSettings:
 
 
 def _gallery(config: Config, engine: Engine) -> Gallery | None:
-    return None
+    """The enrolled voices to look for; blocks."""
+    path = config.voiceprints or default_path()
+    if engine.voice_id is None or (config.voiceprints is None and not path.is_file()):
+        return None
+    with Voiceprints.open(path) as store:
+        # Voices of another checkpoint are an error only where the user asked for this file.
+        return store.gallery(engine.voice_id, strict=config.voiceprints is not None)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Torch is imported here, and only when an engine opens: everything around it stay
 
 import asyncio
 import contextlib
+import hashlib
 import queue
 import struct
 import threading
@@ -134,6 +135,8 @@ class Engine:
     """Symbols of the CTC head, if one is loaded."""
     voice_delay: int
     """Frames by which `Frames.voice` lags."""
+    voice_id: str | None
+    """Content id of the speaker checkpoint: embeddings compare only under the same one."""
     labels: dict[str, tuple[str, ...]]
     """Sequence-classification head → its class names."""
     tracks_file: Path | None
@@ -302,6 +305,7 @@ class Engine:
         self.voice_delay = model.voice_delay
         self.names = [each.name for each in loaded]
         self.vocabulary = next((each.vocabulary for each in loaded if each.vocabulary), None)
+        self.voice_id = None if model.voice is None else _content_id(model.voice)
         self.labels = {each.name: each.classes for each in loaded if each.model is model.labels}
         self.tracks_file = next((each.tracks for each in loaded if each.tracks), None)
         self._state = model.zeros(self.slots)
@@ -499,6 +503,22 @@ def _load(path: str, device: "torch.device") -> _Loaded:
         classes=classes,
         tracks=next((file for file in tracks if file.is_file()), None),
     )
+
+
+def _content_id(model: "PreTrainedModel") -> str:
+    """Of all weights that count towards an embedding, encoder and head."""
+    import torch
+
+    from model.checkpoint import content_hash
+
+    state = model.state_dict()
+    digest = hashlib.sha256(content_hash(state).encode())
+    for name in sorted(state):
+        if name.startswith(("layer_weights", "projector.", "tdnn.", "feature_extractor.")):
+            value = state[name].detach().cpu().contiguous().flatten()
+            digest.update(f"{name} {value.dtype}\n".encode())
+            digest.update(value.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _vocabulary(path: str, size: int, blank: int) -> Vocabulary:

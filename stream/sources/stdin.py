@@ -60,7 +60,7 @@ class StdinSource(BaseModel):
             async with aclosing(self._blocks(pipe)) as blocks:
                 yield blocks
         finally:
-            pipe.stop()
+            await asyncio.to_thread(pipe.stop)
 
     async def _blocks(self, pipe: "_Pipe") -> AsyncGenerator[Block]:
         resampler = Resampler(self.rate)
@@ -115,7 +115,7 @@ class _Pipe:
         return item
 
     def stop(self) -> None:
-        """End the thread, whatever it waits for."""
+        """End the thread, whatever it waits for. Blocks until it has."""
         self._stopped.set()
         self._room.release()
         os.write(self._wake_in, b".")

@@ -1,0 +1,183 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sinks import MqttSettings
+from stream.config import Config, ConfigError, load, parse
+from stream.sources import FileSource, StdinSource
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = """
+engine: {chunk_ms: 400, lookahead_ms: 200}
+sources:
+  meeting: {kind: file, path: a.wav, realtime: true}
+  pipe: {kind: stdin}
+sinks:
+  out: {kind: stdout}
+tracks:
+  turns: {onset: 0.6}
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+def test_a_good_file_becomes_frozen_models(tmp_path):
+    config = load(written(tmp_path, GOOD))
+    assert config.engine.chunk_ms == 400
+    assert isinstance(config.sources["meeting"], FileSource)
+    assert isinstance(config.sources["pipe"], StdinSource)
+    assert config.tracks.turns.onset == 0.6
+    assert config.tracks.model_fields_set == {"turns"}
+    with pytest.raises(ValueError, match="frozen"):
+        config.engine.chunk_ms = 1  # type: ignore[misc]
+
+
+SOURCES = "sources: {a: {kind: stdin}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            SOURCES + "engin: {}\n",
+            "FILE: engin: unknown key (did you mean 'engine'?), expected one of engine, fanout, "
+            "log, session, sinks, sources, tracks, voiceprints",
+        ),
+        (
+            SOURCES + "engine: {chunk: 500}\n",
+            "FILE: engine.chunk: unknown key (did you mean 'chunk_ms'?), expected one of "
+            "batch_wait_ms, checkpoint, chunk_ms, device, left_ms, lookahead_ms, max_batch, slots, "
+            "threads",
+        ),
+        (
+            SOURCES + "engine: {chunk_ms: half}\n",
+            "FILE: engine.chunk_ms: got 'half', expected a valid integer, unable to parse string "
+            "as an integer",
+        ),
+        (
+            SOURCES + "engine: {chunk_ms: 510}\n",
+            "FILE: engine.chunk_ms: expected a multiple of 20 ms, got 510",
+        ),
+        (
+            SOURCES + "engine: {slots: 0}\n",
+            "FILE: engine.slots: got 0, expected greater than or equal to 1",
+        ),
+        ("engine: {}\n", "FILE: sources: missing; expected Streams by name"),
+        (
+            "sources: {a: {kind: fiel, path: x}}\n",
+            "FILE: sources.a.kind: got 'fiel' (did you mean 'file'?), expected one of file, stdin, "
+            "microphone",
+        ),
+        (
+            "sources: {a: {path: x}}\n",
+            "FILE: sources.a.kind: missing; expected the kind of source or sink",
+        ),
+        (
+            "sources: {a: {kind: file, paht: x}}\n",
+            "FILE: sources.a.path: missing; expected WAV, FLAC, OGG, MP3, … whatever libsndfile "
+            "reads\n"
+            "FILE: sources.a.paht: unknown key (did you mean 'path'?), expected one of block_ms, "
+            "kind, path, realtime",
+        ),
+        (
+            "sources: {a/b: {kind: stdin}}\n",
+            "FILE: sources.a/b: expected a name without '/' and control characters, up to 128 long",
+        ),
+        (
+            SOURCES + "log: {level: loud}\n",
+            "FILE: log.level: got 'loud', expected 'debug', 'info', 'warning' or 'error'",
+        ),
+        (
+            SOURCES + "tracks: {turns: {onset: 0.2}}\n",
+            "FILE: tracks.turns: expected offset ≤ onset, got offset 0.4, onset 0.2",
+        ),
+        (
+            SOURCES + "sinks: {m: {kind: mqtt, hosst: x}}\n",
+            "FILE: sinks.m.hosst: unknown key (did you mean 'host'?), expected one of ",
+        ),
+        (
+            SOURCES + "sinks: {m: {kind: mqqt}}\n",
+            "FILE: sinks.m: expected a kind of sink among jsonl, mqtt, rttm, srt, stdout, vtt, got "
+            "'mqqt'",
+        ),
+        ("", "FILE: expected keys engine, sources, sinks, tracks, session, fanout, "),
+        ("- a\n", "got list"),
+        ("a: [\n", "FILE:2:1: not valid YAML: while parsing a flow node expected the node content"),
+        (
+            SOURCES + SOURCES,
+            "FILE:2:1: not valid YAML: key 'sources' is given twice",
+        ),
+        (
+            SOURCES + "engine: {device: '${NO_SUCH_VARIABLE}'}\n",
+            "FILE: engine.device: got ${NO_SUCH_VARIABLE}, expected that environment variable to "
+            "be set",
+        ),
+    ],
+)
+def test_whatever_is_wrong_is_one_clear_line(tmp_path, text, expected):
+    assert expected in message(tmp_path, text)
+
+
+def test_every_error_is_told_at_once(tmp_path):
+    text = "sources: {a: {kind: stdin, rat: 1}}\nengine: {chunk_ms: 1, devise: cpu}\n"
+    lines = message(tmp_path, text).splitlines()
+    assert len(lines) == 3
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load(tmp_path / "a.yaml")
+
+
+def test_secrets_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROKER_PASSWORD", "se${cret}")
+    text = SOURCES + "sinks: {m: {kind: mqtt, username: me, password: '${BROKER_PASSWORD}'}}\n"
+    mqtt = load(written(tmp_path, text)).sinks["m"]
+    assert isinstance(mqtt, MqttSettings)
+    secret = mqtt.password
+    assert (secret.get_secret_value() if hasattr(secret, "get_secret_value") else secret) == (
+        "se${cret}"
+    )
+    text = SOURCES + "engine: {device: 'a$${b}'}\n"
+    assert load(written(tmp_path, text)).engine.device == "a${b}"
+
+
+def test_a_configuration_from_flags_names_where_it_came_from():
+    with pytest.raises(ConfigError, match=r"livesat: engine\.chunk_ms"):
+        parse({"sources": {"a": {"kind": "stdin"}}, "engine": {"chunk_ms": 1}}, where="livesat")
+
+
+def test_a_models_dump_is_a_configuration(tmp_path):
+    config = load(written(tmp_path, GOOD))
+    assert Config.model_validate(config.model_dump(exclude_unset=True)) == config
+
+
+def test_the_tour_in_the_repository_is_valid():
+    config = load(ROOT / "config.yaml")
+    assert {source.kind for source in config.sources.values()} == {"file"}
+    assert {sink.kind for sink in config.sinks.values()} == {"stdout", "jsonl"}
+
+
+def test_torch_is_not_imported_before_it_is_needed():
+    code = "import sys, stream.daemon, stream.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
