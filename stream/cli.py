@@ -6,6 +6,7 @@ its configuration was wrong, 1 when running it failed. `livesat --debug …` sho
 """
 
 import asyncio
+import math
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from stream.evaluate import EvalResult, Score
     from stream.screen import View
 
 USAGE: Final = 2
@@ -129,6 +131,7 @@ def annotate(
     left: Left = None,
     device: Compute = None,
     config: ConfigPath = None,
+    voices: Voices = None,
 ) -> None:
     """Stream an audio file, or stdin, through everything a live source goes through."""
     if audio == "-":
@@ -143,7 +146,7 @@ def annotate(
         name,
         source,
         _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
-        _settings(config, checkpoint, chunk, lookahead, left, device),
+        _settings(config, checkpoint, chunk, lookahead, left, device, voices),
         quiet=quiet,
         duration_s=duration_s,
     )
@@ -166,6 +169,7 @@ def listen(
     left: Left = None,
     device: Compute = None,
     config: ConfigPath = None,
+    voices: Voices = None,
 ) -> None:
     """Listen to a microphone until Ctrl-C."""
     chosen: int | str | None = microphone
@@ -175,7 +179,7 @@ def listen(
         "microphone",
         {"kind": "microphone", "device": chosen},
         _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
-        _settings(config, checkpoint, chunk, lookahead, left, device),
+        _settings(config, checkpoint, chunk, lookahead, left, device, voices),
         quiet=quiet,
         duration_s=None,
     )
@@ -215,6 +219,155 @@ def devices() -> None:
     out.print(table)
 
 
+@app.command("eval")
+def evaluate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Audio with RTTM of the same name, perhaps transcripts."
+        ),
+    ],
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="All numbers, per recording; - is stdout."),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline/--no-offline", help="Also hear each recording whole.")
+    ] = True,
+    checkpoint: Checkpoint = None,
+    chunk: Chunk = None,
+    lookahead: Lookahead = None,
+    left: Left = None,
+    device: Compute = None,
+    config: ConfigPath = None,
+) -> None:
+    """Score recordings against their references, streaming and offline side by side."""
+    from json import dumps
+
+    from stream.config import parse
+    from stream.evaluate import FileResult
+    from stream.evaluate import evaluate as score
+
+    # The configuration's own checks need a source; which one does not matter here.
+    settings = _settings(config, checkpoint, chunk, lookahead, left, device)
+    checked = parse({**settings, "sources": {"eval": {"kind": "stdin"}}}, where="livesat")
+    checked.log.configure()
+    seen: list[str] = []
+
+    def tell(result: FileResult, count: int) -> None:
+        seen.append(result.name)
+        if err.is_terminal:
+            der = 100 * result.streaming.error.rate
+            err.print(f"{len(seen)}/{count} {result.name}: DER {der:.1f} %")
+
+    result = asyncio.run(
+        score(folder, checked.engine, checked.tracks, offline=offline, on_file=tell)
+    )
+    text = dumps(result.to_dict(), indent=2)
+    if json is not None and str(json) == "-":
+        typer.echo(text)
+        return
+    if json is not None:
+        json.write_text(text + "\n", encoding="utf-8")
+    out.print(_score_table(result))
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The person's name.")],
+    clips: Annotated[
+        list[Path], typer.Argument(metavar="CLIP…", help="Recordings of this person alone.")
+    ],
+    consent: Annotated[
+        str | None,
+        typer.Option(
+            "--consent",
+            metavar="TEXT",
+            help="What the person agreed to; default: that whoever enrolls them says they did.",
+        ),
+    ] = None,
+    days: Annotated[
+        int | None, typer.Option("--days", min=1, help="Erase the voice after this many days.")
+    ] = None,
+    voices: Voices = None,
+    checkpoint: Checkpoint = None,
+    device: Compute = None,
+    config: ConfigPath = None,
+) -> None:
+    """Teach a voice: from now on its speaker is called by name."""
+    from datetime import UTC, datetime, timedelta
+    from getpass import getuser
+
+    from stream.config import LogSettings
+    from stream.engine import EngineSettings
+    from stream.enrolment import listen
+    from stream.voiceprints import Voiceprints
+
+    settings = _settings(config, checkpoint, None, None, None, device)
+    for clip in clips:
+        if not clip.exists():
+            raise Usage(f"{clip}: no such file")
+    LogSettings.model_validate(settings.get("log", {})).configure()
+    heard = asyncio.run(listen(EngineSettings.model_validate(settings["engine"]), clips))
+    expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    with Voiceprints.open(_voices_path(voices)) as store:
+        for recording in heard.recordings:
+            store.add(
+                name,
+                recording.embedding,
+                checkpoint=heard.checkpoint,
+                evidence_s=recording.evidence_s,
+                consent=consent or f"stated by {getuser()} at enrolment",
+                expires=expires,
+            )
+        voice = store.get(name)
+    out.print(f"{voice.name}: {voice.clips} clip(s), {voice.evidence_s:.1f} s of speech")
+
+
+@app.command("voices")
+def list_voices(voices: Voices = None) -> None:
+    """List the enrolled people."""
+    from stream.voiceprints import Voiceprints
+
+    with Voiceprints.open(_voices_path(voices)) as store:
+        people = store.voices()
+    if not people:
+        err.print("nobody is enrolled; livesat enroll NAME CLIP… does it")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("name", "clips", "speech", "since", "until", "consent"):
+        table.add_column(title, justify="right" if title in {"clips", "speech"} else "left")
+    for person in people:
+        until = "" if person.expires is None else person.expires.date().isoformat()
+        row = (person.name, person.clips, f"{person.evidence_s:.1f} s")
+        more = (person.created.date().isoformat(), until, person.consent)
+        table.add_row(*(Text(str(cell)) for cell in (*row, *more)))
+    out.print(table)
+
+
+@app.command()
+def rename(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    new: Annotated[str, typer.Argument(metavar="NEW_NAME")],
+    voices: Voices = None,
+) -> None:
+    """Give an enrolled person another name."""
+    from stream.voiceprints import Voiceprints
+
+    with Voiceprints.open(_voices_path(voices)) as store:
+        out.print(f"{name} is now {store.rename(name, new).name}")
+
+
+@app.command()
+def forget(name: Annotated[str, typer.Argument(metavar="NAME")], voices: Voices = None) -> None:
+    """Erase an enrolled voice."""
+    from stream.voiceprints import Voiceprints
+
+    with Voiceprints.open(_voices_path(voices)) as store:
+        gone = store.forget(name)
+    out.print(f"{gone.name} is forgotten: {gone.clips} clip(s)")
+
+
 @app.command()
 def demo(
     realtime: Annotated[
@@ -237,15 +390,17 @@ def demo(
         audio = folder / "meeting.flac"
         heard = Path(scratch) / "meeting.rttm"
         paced = out.is_terminal if realtime is None else realtime
+        duration_s = _duration(audio)
+        assert duration_s is not None, "the demo conversation is a valid file"
         _stream(
             "meeting",
             {"kind": "file", "path": audio, "realtime": paced},
             {"rttm": {"kind": "rttm", "path": heard}},
             settings,
             quiet=quiet,
-            duration_s=_duration(audio),
+            duration_s=duration_s,
         )
-        _print_score(folder / "meeting.rttm", heard)
+        _print_score(folder / "meeting.rttm", heard, duration_s)
 
 
 @app.command()
@@ -314,6 +469,7 @@ def _settings(
     lookahead: int | None,
     left: int | None,
     device: str | None,
+    voices: Path | None = None,
 ) -> dict[str, Any]:
     """The configuration without sources and sinks: the file's, over it the options."""
     from stream.config import load
@@ -325,11 +481,80 @@ def _settings(
         "left_ms": left,
         "device": device,
     }
-    data: dict[str, Any] = {"log": {"level": "warning"}}
+    data: dict[str, Any] = {"log": {"level": "warning"}, "session": {"heartbeat_s": 1.0}}
     if config is not None:
         data = load(config).model_dump(exclude={"sources", "sinks"}, exclude_unset=True)
     chosen = {key: value for key, value in given.items() if value is not None}
-    return {**data, "engine": {**data.get("engine", {}), **chosen}}
+    data = {**data, "engine": {**data.get("engine", {}), **chosen}}
+    return data if voices is None else {**data, "voiceprints": voices}
+
+
+def _voices_path(given: Path | None) -> Path:
+    from stream.voiceprints import default_path
+
+    return given or default_path()
+
+
+def _score_table(result: "EvalResult") -> Table:
+    """Streaming and offline side by side."""
+    from stream.score import percentile
+
+    scores = [("streaming", result.streaming)]
+    if result.offline is not None:
+        scores.append(("offline", result.offline))
+    window = f"{result.chunk_ms} + {result.lookahead_ms} ms"
+    title = f"{result.streaming.recordings} recordings, {result.streaming.audio_s:.0f} s, {window}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.add_column("")
+    for name, _ in scores:
+        table.add_column(name, justify="right")
+
+    def row(name: str, value: "Callable[[Score], str]") -> None:
+        table.add_row(name, *(value(score) for _, score in scores))
+
+    def percent(rate: float) -> str:
+        return "–" if math.isnan(rate) else f"{100 * rate:.1f} %"
+
+    row("DER, overlap scored", lambda s: percent(s.error.rate))
+    row("  missed", lambda s: percent(s.error.miss))
+    row("  false alarm", lambda s: percent(s.error.false_alarm))
+    row("  confusion", lambda s: percent(s.error.confusion))
+    row("DER, ± 0.25 s forgiven", lambda s: percent(s.error_collar.rate))
+    row("DER, labels as first said", lambda s: percent(s.error_live.rate))
+    row("speakers found", lambda s: f"{s.speakers_found} of {s.speakers}")
+    row("speaker count error", lambda s: str(s.count_error))
+    row("label swaps", lambda s: str(s.swaps))
+    if any(score.words is not None for _, score in scores):
+        row("WER", lambda s: "–" if s.words is None else percent(s.words.rate))
+        row("CER", lambda s: "–" if s.characters is None else percent(s.characters.rate))
+    for at in (50, 99):
+        row(
+            f"latency p{at}",
+            lambda s, at=at: f"{percentile(s.latencies_ms, at):.0f} ms" if s.latencies_ms else "–",
+        )
+    row("real-time factor", lambda s: f"{s.realtime_factor:.3f}")
+    return table
+
+
+def _print_score(reference: Path, heard: Path, duration_s: float) -> None:
+    """How right a diarization was, in a few lines."""
+    from stream.score import diarization_error, read_rttm, speaker_count_error
+
+    truth = next(iter(read_rttm(reference).values()))
+    found = next(iter(read_rttm(heard).values()), [])
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("", "DER", "missed", "false alarm", "confusion"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, collar_s in (("to the millisecond", 0.0), ("± 0.25 s forgiven", 0.25)):
+        error = diarization_error(truth, found, duration_s, collar_s=collar_s)
+        parts = (error.rate, error.miss, error.false_alarm, error.confusion)
+        table.add_row(name, *(f"{100 * part:.1f} %" for part in parts))
+    out.print(table)
+    people = len({span.speaker for span in truth})
+    out.print(
+        f"{people + speaker_count_error(truth, found)} speakers found of {people}; "
+        "overlapped speech is scored."
+    )
 
 
 def _duration(path: Path) -> float | None:

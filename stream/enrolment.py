@@ -1,0 +1,143 @@
+"""Recordings of one person → what `stream.voiceprints` keeps of them."""
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.batcher import Ready
+from stream.chunker import Chunker
+from stream.clock import FRAME_RATE
+from stream.engine import Engine, EngineError, EngineSettings
+from stream.sources.file import FileSource
+from stream.tracks.frames import Frames
+from stream.voiceprints import VoiceprintError
+
+LEAST_S: Final = 1.0
+"""Seconds of clean speech without which a recording says too little about a voice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One clip, heard.
+
+    Attributes:
+        path: Where it is.
+        embedding: [E] as the x-vector head gives it.
+        evidence_s: Seconds of clean speech behind it.
+    """
+
+    path: Path
+    embedding: NDArray[np.float32]
+    evidence_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """Clips of a person.
+
+    Attributes:
+        checkpoint: Content id of the speaker checkpoint that heard them.
+        recordings: In the order given.
+    """
+
+    checkpoint: str
+    recordings: list[Recording]
+
+
+class Voice:
+    """Weighted moments of the voice in a stream, speech of several at once left out.
+
+    It is taken for granted that one person speaks: whichever local channel is active is theirs.
+    """
+
+    def __init__(self) -> None:
+        self.mass = 0.0
+        self.first: NDArray[np.float64] = np.zeros(0)
+        self.second: NDArray[np.float64] = np.zeros(0)
+        self._weights: list[float] = []  # of every frame so far; a clip is short
+        self._rows = 0
+
+    def step(self, frames: Frames) -> None:
+        """Takes the next frames of the stream."""
+        if frames.voice is None:
+            return
+        self._weights += _clean(frames)
+        for row in frames.voice.astype(np.float64):
+            index = self._rows - frames.voice_delay
+            self._rows += 1
+            if not 0 <= index < len(self._weights):
+                continue
+            if not self.first.size:
+                self.first, self.second = np.zeros_like(row), np.zeros_like(row)
+            weight = self._weights[index]
+            self.mass += weight
+            self.first += weight * row
+            self.second += weight * row * row
+
+
+def _clean(frames: Frames) -> list[float]:
+    """Of each frame, how surely exactly one channel speaks; all of it without that head."""
+    if frames.activity is None:
+        return [1.0] * (0 if frames.voice is None else len(frames.voice))
+    speaks = frames.activity.astype(np.float64)
+    alone = [
+        speaks[:, channel] * np.prod(np.delete(1.0 - speaks, channel, axis=1), axis=1)
+        for channel in range(speaks.shape[1])
+    ]
+    weights = np.max(np.stack(alone, axis=1), axis=1)
+    return cast("list[float]", np.where(weights < 0.5, 0.0, weights).tolist())
+
+
+async def listen(settings: EngineSettings, clips: Sequence[Path]) -> Enrolment:
+    """Hears the clips, one after the other.
+
+    Raises:
+        EngineError: a checkpoint or device cannot be used, or there is no speaker head.
+        SourceError: a clip cannot be read.
+        VoiceprintError: a clip holds too little speech.
+    """
+    async with Engine(settings) as engine:
+        if not engine.has_voice or engine.voice_id is None:
+            raise EngineError(
+                f"{', '.join(engine.names)}: no speaker head; expected a checkpoint with one "
+                "(UniSpeechSatForXVector)"
+            )
+        return Enrolment(engine.voice_id, [await _hear(engine, clip) for clip in clips])
+
+
+async def _hear(engine: Engine, clip: Path) -> Recording:
+    chunker = Chunker(engine.chunk_samples, engine.lead, receptive=engine.receptive)
+    slot = engine.acquire()
+    voice = Voice()
+
+    async def advance(chunks: Sequence[Any]) -> None:
+        for chunk in chunks:
+            ready = Ready(slot, chunk.start, chunk.samples, chunk.valid, chunk.first)
+            (frames,) = await engine.run([ready])
+            if frames.nonfinite:
+                raise VoiceprintError(f"{clip}: holds samples that are not finite numbers")
+            voice.step(frames)
+
+    try:
+        async with FileSource(path=clip).open() as blocks, aclosing(cast("Any", blocks)) as heard:
+            async for block in heard:
+                await advance(chunker.feed(block.samples))
+        await advance(chunker.end())
+    finally:
+        engine.release(slot)
+    evidence_s = voice.mass / FRAME_RATE
+    if evidence_s < LEAST_S:
+        raise VoiceprintError(
+            f"{clip}: {evidence_s:.1f} s of clean speech; expected at least {LEAST_S:.0f} s"
+        )
+    embedding = engine.embed(
+        np.asarray(voice.mass, np.float32),
+        voice.first.astype(np.float32),
+        voice.second.astype(np.float32),
+    )
+    return Recording(clip, embedding, evidence_s)
