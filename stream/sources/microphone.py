@@ -206,7 +206,9 @@ class Continuity:
         if self._floor is None:
             self._floor = behind
         elif self._suspect is None:
-            self._floor = min(behind, self._floor + self._drift * self._rate * (at - self._at))
+            # A stall is no time in which a clock drifts.
+            since = min(at - self._at, self._slack / self._rate)
+            self._floor = min(behind, self._floor + self._drift * self._rate * since)
         self._at = at
         if behind - self._floor <= self._slack:
             self._suspect = None

@@ -1,0 +1,320 @@
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from stream.config import parse
+from stream.daemon import run
+from stream.sources.microphone import Continuity, MicrophoneSource, list_devices
+from stream.sources.source import SourceError
+
+# -- telling lost samples from late ones -------------------------------------------------------
+
+RATE = 16_000
+
+
+def watched(pulses, **settings):
+    """(count, at) of each look → [(upto, lost)]."""
+    continuity = Continuity(RATE, **settings)
+    return [continuity.step(count, at) for count, at in pulses]
+
+
+def steady(seconds, *, rate=RATE, count=0, at=100.0, jitter=None):
+    for i in range(1, round(seconds * 50) + 1):
+        late = 0.0 if jitter is None else float(jitter.uniform(0, 0.05))
+        yield count + round(i * rate / 50), at + i * 0.02 + late
+
+
+def test_a_device_in_time_is_passed_on_at_once():
+    pulses = list(steady(5, jitter=np.random.default_rng(0)))
+    assert watched(pulses) == [(count, 0) for count, _ in pulses]
+
+
+@pytest.mark.parametrize("drift", [0.99, 0.9995, 1.0005, 1.01])
+def test_a_clock_that_drifts_loses_nothing(drift):
+    pulses = list(steady(120, rate=RATE * drift))
+    assert all(lost == 0 for _, lost in watched(pulses))
+
+
+def test_a_stall_that_is_caught_up_with_loses_nothing():
+    before = list(steady(2))
+    count, at = before[-1]
+    burst = [(count + 320 * i, at + 1.0 + i * 0.001) for i in range(1, 51)]
+    count, at = burst[-1]
+    after = list(steady(2, count=count, at=at))
+    told = watched([*before, *burst, *after])
+    assert all(lost == 0 for _, lost in told)
+    assert told[-1][0] == after[-1][0]
+    # Until it is clear that nothing is missing, what follows the stall is held back.
+    assert told[len(before)][0] == before[-1][0]
+
+
+def test_samples_lost_in_a_stall_are_counted_where_they_are_missing():
+    before = list(steady(2))
+    count, at = before[-1]
+    after = list(steady(2, count=count, at=at + 0.75))
+    told = watched([*before, *after])
+    losses = [(upto, lost) for upto, lost in told if lost]
+    assert losses == [(count, pytest.approx(0.75 * RATE, abs=80))]  # to 5 ms
+    assert told[-1] == (after[-1][0], 0)
+
+
+# -- a real one, as far as PortAudio can tell --------------------------------------------------
+
+needs = [name for name in ("pulseaudio", "pactl") if shutil.which(name) is None]
+absent = pytest.mark.skipif(
+    bool(needs), reason=f"the fake microphone needs {' and '.join(needs)} (Debian: pulseaudio)"
+)
+
+
+class FakeMicrophone:
+    """A PulseAudio of our own whose only microphone is a FIFO."""
+
+    OPTIONS = (
+        "--daemonize=no",
+        "--use-pid-file=no",
+        "--exit-idle-time=-1",
+        "--disable-shm=true",
+    )
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.env = {
+            **os.environ,
+            "HOME": str(folder),
+            "PULSE_RUNTIME_PATH": str(folder),
+            "PULSE_STATE_PATH": str(folder),
+        }
+        self.module = (
+            f"module-pipe-source source_name=mic0 file={folder}/mic0 rate=16000 channels=1 "
+            "format=s16le"
+        )
+        self.spoken = 0  # samples fed so far
+        self._feeding = threading.Event()
+        self._threads = []
+
+    def __enter__(self):
+        script = self.folder / "fm.pa"
+        script.write_text(
+            f"load-module module-native-protocol-unix socket={self.folder}/native "
+            "auth-anonymous=1\n"
+            f"load-module {self.module}\n"
+            # One source is always there, so that unplugging ours leaves a server with a device.
+            f"load-module module-pipe-source source_name=spare file={self.folder}/spare\n"
+            "set-default-source mic0\n"
+        )
+        self.process = subprocess.Popen(
+            ["pulseaudio", "-n", "-F", script, *self.OPTIONS],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._await(self.folder / "native", self.folder / "mic0")
+        return self
+
+    def __exit__(self, *_):
+        self.hush()
+        self.process.terminate()
+        self.process.wait()
+
+    def _await(self, *paths):
+        for _ in range(500):
+            if all(path.exists() for path in paths):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"PulseAudio did not make {paths}")
+
+    def speak(self):
+        """Feed a ramp, in real time, until hushed."""
+        self._feeding.set()
+        thread = threading.Thread(target=self._feed)
+        thread.start()
+        self._threads.append(thread)
+
+    def hush(self):
+        self._feeding.clear()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _feed(self):
+        # Non-blocking, for a FIFO that nobody reads any more must not hold the test.
+        try:
+            fifo = os.open(self.folder / "mic0", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return
+        began, sent = time.monotonic(), 0
+        try:
+            while self._feeding.is_set():
+                ramp = (np.arange(self.spoken, self.spoken + 320) % 30_000 + 1).astype("<i2")
+                try:
+                    os.write(fifo, ramp.tobytes())
+                except BlockingIOError:
+                    pass
+                else:
+                    self.spoken += 320
+                sent += 1
+                time.sleep(max(began + sent * 0.02 - time.monotonic(), 0))
+        except BrokenPipeError:
+            pass
+        finally:
+            os.close(fifo)
+
+    def pactl(self, *arguments):
+        env = {**self.env, "PULSE_SERVER": f"unix:{self.folder}/native"}
+        subprocess.run(["pactl", *arguments], env=env, check=True, stdout=subprocess.DEVNULL)
+
+    def unplug(self):
+        self.hush()
+        self.pactl("unload-module", "module-pipe-source")
+
+    def plug(self):
+        self.pactl("load-module", *self.module.split())
+        self._await(self.folder / "mic0")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    sounddevice = pytest.importorskip("sounddevice", reason="the microphone needs sounddevice")
+    with FakeMicrophone(tmp_path) as fake:
+        monkeypatch.setenv("PULSE_SERVER", f"unix:{tmp_path}/native")
+        monkeypatch.setenv("PULSE_SOURCE", "mic0")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        sounddevice._terminate()
+        sounddevice._initialize()
+        if not any(device.name == "pulse" for device in list_devices()):
+            pytest.skip("the fake microphone needs libasound2-plugins")
+        yield fake
+
+
+def ramp(blocks):
+    """The samples as the ramp's values."""
+    return np.round(np.concatenate([b.samples for b in blocks]) * 32768).astype(int)
+
+
+async def hear(blocks, samples):
+    heard = []
+    while sum(len(block.samples) for block in heard) < samples:
+        heard.append(await anext(blocks))
+    return heard
+
+
+@absent
+@pytest.mark.mic
+async def test_samples_arrive_bit_for_bit(fake):
+    fake.speak()
+    async with MicrophoneSource(device="pulse").open() as blocks:
+        heard = await hear(blocks, 16_000)
+    assert (np.diff(ramp(heard)) % 30_000 == 1).all()
+    assert all(block.lost == 0 and block.reason is None for block in heard)
+    assert all(b.captured > a.captured for a, b in pairwise(heard))
+
+
+async def until_stopped(blocks):
+    """→ blocks up to the one that says the audio has stopped, without it."""
+    heard = []
+    while (block := await anext(blocks)).reason != "unplugged":
+        heard.append(block)
+    assert (block.lost, len(block.samples)) == (0, 0)
+    return heard
+
+
+@absent
+@pytest.mark.mic
+async def test_an_unplugged_microphone_is_noticed_and_taken_up_again(fake):
+    fake.speak()
+    source = MicrophoneSource(device="pulse", retry_ms=100)
+    async with source.open() as blocks:
+        heard = await hear(blocks, 8000)
+        await asyncio.to_thread(fake.unplug)
+        heard += await until_stopped(blocks)
+        await asyncio.to_thread(fake.plug)
+        fake.speak()
+        resumed = await hear(blocks, 8000)
+    assert resumed[0].reason == "unplugged"
+    assert sum(block.lost for block in resumed) == resumed[0].lost > 0
+    # The gap is as long as the clock says, so that the session's time stays true.
+    first = resumed[0].captured - len(resumed[0].samples) / RATE
+    assert resumed[0].lost == pytest.approx((first - heard[-1].captured) * RATE, abs=320)
+    assert (np.diff(ramp(resumed)) % 30_000 == 1).all()
+
+
+@absent
+@pytest.mark.mic
+async def test_a_microphone_that_hangs_is_noticed_and_taken_up_again(fake):
+    fake.speak()
+    source = MicrophoneSource(device="pulse", hang_ms=300, retry_ms=100)
+    async with source.open() as blocks:
+        await hear(blocks, 8000)
+        await asyncio.to_thread(fake.hush)
+        await until_stopped(blocks)
+        fake.speak()
+        resumed = await hear(blocks, 8000)
+    gaps = [block for block in resumed if block.lost]
+    assert [block.reason for block in gaps] == ["unplugged"]
+
+
+@absent
+@pytest.mark.mic
+async def test_a_session_goes_on_after_its_microphone_was_unplugged(fake, checkpoint):
+    given = {
+        "sources": {"desk": {"kind": "microphone", "device": "pulse", "retry_ms": 100}},
+        "engine": {"checkpoint": checkpoint, "chunk_ms": 200, "device": "cpu", "threads": 1},
+        "session": {"heartbeat_s": 0.4},
+        "log": {"level": "error"},
+    }
+    events, stop, arrived = [], asyncio.Event(), asyncio.Event()
+
+    def take(event):
+        events.append(event)
+        arrived.set()
+
+    async def happens(wanted):
+        while not any(wanted(event) for event in events):
+            arrived.clear()
+            await arrived.wait()
+
+    def beat(event, after_s=0.0):
+        return event.type == "heartbeat" and event.end > after_s
+
+    fake.speak()
+    running = asyncio.create_task(run(parse(given, where="test"), on_event=take, stop=stop))
+    await happens(beat)
+    await asyncio.to_thread(fake.unplug)
+    await happens(lambda event: event.type == "warning")
+    await asyncio.to_thread(fake.plug)
+    fake.speak()
+    await happens(lambda event: event.type == "gap")
+    (gap,) = [event for event in events if event.type == "gap"]
+    await happens(lambda event: beat(event, gap.end))
+    stop.set()
+    summary = await running
+    assert gap.reason == "unplugged"
+    assert gap.end - gap.start == pytest.approx(gap.lost_samples / RATE, abs=1e-5)
+    assert [event.seq for event in events] == list(range(len(events)))
+    assert events[-1].type == "session.closed"
+    assert summary.lost_s == pytest.approx(gap.lost_samples / RATE, abs=1e-5)
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("device", ["no such thing", 99])
+async def test_an_unknown_device_is_one_clear_error(fake, device):
+    with pytest.raises(SourceError, match=r"unknown microphone .*; expected one of these: .*pulse"):
+        async with MicrophoneSource(device=device).open():
+            pass
+
+
+async def test_without_the_driver_there_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(SourceError, match=r'pip install "livesat\[mic\]"'):
+        async with MicrophoneSource().open():
+            pass
