@@ -1,0 +1,156 @@
+"""Stage 5: thresholds of the tracks for a checkpoint, found on development data only.
+
+The encoder runs once over every clip; then one threshold at a time is moved to each of its
+candidates and kept where the error falls, over a few rounds. The six recorded clips are too few
+to trust alone, so simulated conversations of the development speakers weigh as much.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pyannote.core import Annotation, Segment
+
+from model.state import Window
+from recipes.corpus import HOP, RATE, Corpus
+from recipes.export import load_student
+from recipes.score import Clip, diarization_error, diarize, frames_of, listen, read_clips
+from recipes.settings import Settings, from_arguments
+from recipes.simulate import Acoustics, Conversation, Simulator
+from recipes.student import Student
+from stream.tracks.frames import Frames
+from stream.tracks.settings import TracksSettings
+
+
+class Calibrate(Settings):
+    """What is tuned, and on what.
+
+    Attributes:
+        checkpoint: a run's checkpoint or an exported folder.
+        data: folder of stage 1.
+        conversations: folder of audio and RTTM pairs.
+        target: the ``tracks.json`` to write.
+        window: chunk, left and look-ahead frames of the stream.
+        simulated: how many simulated conversations.
+        simulated_hops: their length.
+        recorded_share: weight of the recorded clips against the simulated ones.
+        candidates: dotted key of `TracksSettings` → values to try.
+        start: thresholds to begin with, nested like the file.
+        rounds: passes over all keys.
+        seed: of the simulation.
+        threads: compute threads.
+    """
+
+    checkpoint: Path
+    data: Path
+    conversations: Path
+    target: Path
+    window: tuple[int, int, int] = (25, 500, 12)
+    simulated: int = 12
+    simulated_hops: int = 1500
+    recorded_share: float = 0.5
+    candidates: dict[str, list[Any]]
+    start: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies defaults)
+    rounds: int = 2
+    seed: int = 1
+    threads: int = 1
+
+
+@dataclass(slots=True)
+class Case:
+    """A clip and what the student says of it."""
+
+    clip: Clip
+    frames: Frames
+
+
+def simulated_clips(corpus: Corpus, settings: Calibrate) -> list[Clip]:
+    """Conversations of the development speakers, with their exact reference."""
+    shares = {item.corpus: 1.0 for item in corpus.utterances if item.split == "dev"}
+    simulator = Simulator(corpus, Acoustics(), Conversation(sources=shares), split="dev")
+    clips: list[Clip] = []
+    for number in range(settings.simulated):
+        scene = simulator.talk(
+            np.random.default_rng([settings.seed, number]), settings.simulated_hops
+        )
+        reference = Annotation(uri=f"simulated_{number:02}")
+        for speaker, row in enumerate(scene.activity.T):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+            for first, last in edges.reshape(-1, 2).tolist():
+                span = Segment(first * HOP / RATE, last * HOP / RATE)
+                reference[span, f"{speaker}-{first}"] = str(speaker)
+        clips.append(Clip(f"simulated_{number:02}", scene.wave, reference))
+    return clips
+
+
+def error(student: Student, cases: list[Case], tracks: TracksSettings) -> float:
+    """Diarization error over the cases, per cent."""
+    pairs = [
+        (case.clip, diarize(student, case.frames, tracks, len(case.clip.wave))) for case in cases
+    ]
+    return diarization_error(pairs)["DER"]
+
+
+def nested(key: str, value: object) -> Mapping[str, Any]:
+    """``a.b`` and a value → ``{"a": {"b": value}}``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def tune(student: Student, groups: list[tuple[float, list[Case]]], settings: Calibrate) -> Any:
+    """Coordinate descent over the candidates.  → the best `TracksSettings`."""
+
+    def cost(tracks: TracksSettings) -> float:
+        return sum(share * error(student, cases, tracks) for share, cases in groups)
+
+    best = TracksSettings().over(settings.start)
+    least = cost(best)
+    print(f"start: {least:.2f}", flush=True)
+    for number in range(settings.rounds):
+        before = least
+        for key, values in settings.candidates.items():
+            for value in values:
+                try:
+                    tracks = best.over(nested(key, value))
+                except ValueError:
+                    continue  # a pair that contradicts itself, such as offset > onset
+                if tracks == best:
+                    continue
+                found = cost(tracks)
+                if found < least - 1e-6:
+                    best, least = tracks, found
+                    print(f"round {number + 1}: {key} = {value}: {least:.2f}", flush=True)
+        if least == before:
+            break
+    return best
+
+
+def main() -> None:
+    """Command line of the stage."""
+    settings = from_arguments(Calibrate, "calibrate", "find the thresholds of the tracks")
+    torch.set_num_threads(settings.threads)
+    student = load_student(settings.checkpoint)
+    chunk, left, right = settings.window
+    window = Window(chunk=chunk, left=left, right=right)
+    recorded = read_clips(settings.conversations)
+    simulated = simulated_clips(Corpus(settings.data), settings)
+    groups: list[tuple[float, list[Case]]] = []
+    for share, clips in (
+        (settings.recorded_share, recorded),
+        (1 - settings.recorded_share, simulated),
+    ):
+        cases = [Case(clip, frames_of(listen(student, clip.wave, window))) for clip in clips]
+        groups.append((share, cases))
+    best = tune(student, groups, settings)
+    best.save(settings.target)
+    for name, (_, cases) in zip(("recorded", "simulated"), groups, strict=True):
+        print(f"{name}: DER {error(student, cases, best):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Stage 2: the joint run. One encoder, three heads, every loss in every step.
+
+A step is two batches: whole utterances (speaker, text, activity) and simulated conversations
+(speaker, activity). Everything a step uses is drawn from (seed, step), so a run that was cut and
+resumed makes the same steps as one that was not.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.state import Window
+from recipes.corpus import EMBEDDING_CHANNELS, HOP, Corpus
+from recipes.objectives import VoiceTargets, ctc_loss, pit_loss, presence_loss
+from recipes.settings import Settings, from_arguments
+from recipes.simulate import Acoustics, Conversation, Scene, Simulator
+from recipes.student import Outputs, Shape, Student
+from recipes.teachers import Campplus, filterbank, mel_filters
+
+
+class Weights(Settings):
+    """Weight of each loss; ``mel`` fades out over ``mel_steps``."""
+
+    dense: float = 4.0
+    cosine: float = 1.0
+    nce: float = 0.1
+    activity: float = 2.0
+    presence: float = 0.5
+    ctc: float = 0.3
+    mel: float = 0.5
+    mel_steps: int = 600
+
+
+class Finetune(Settings):
+    """Settings of the joint run.
+
+    Attributes:
+        data: folder of stage 1.
+        campplus: the teacher's state dict: its last layer starts ours; none, and it is random.
+        run: folder of the checkpoint and the log.
+        seed: of everything.
+        steps: length of the run.
+        decay_steps: the learning rate falls to nothing over the last ones.
+        warm_up_steps: and rises over the first ones.
+        rate: learning rate in between.
+        kept_rate: the share of it for what starts right already: the first convolution's filters
+            and, from the teacher, the x-vector head's last layer.
+        weight_decay: of matrices.
+        average: decay of the running average of the weights, which is what is exported.
+        utterance_hops: lengths of the utterance batches, drawn evenly.
+        talk_hops: lengths of the conversation batches, drawn evenly.
+        utterance_batch_hops: audio in the batch of utterances.
+        talk_batch_hops: audio in the batch of conversations.
+        sources: probability of each corpus to give an utterance.
+        nobody: share of rows without speech.
+        windows: (chunk, right) pairs of streaming batches, frames.
+        left: their left contexts.
+        stream_from: first step with streaming batches.
+        whole: share of batches with full context from then on.
+        save_s: seconds between checkpoints.
+        log_steps: steps between lines of the log.
+        bfloat16: autocast to bfloat16.
+        threads: compute threads.
+    """
+
+    data: Path
+    campplus: Path | None
+    run: Path
+    seed: int = 1
+    steps: int
+    decay_steps: int
+    warm_up_steps: int = 300
+    rate: float = 1.0e-3
+    kept_rate: float = 0.03
+    weight_decay: float = 0.02
+    average: float = 0.998
+    utterance_hops: list[int]
+    talk_hops: list[int]
+    utterance_batch_hops: int
+    talk_batch_hops: int
+    sources: dict[str, float]
+    nobody: float = 0.05
+    windows: list[tuple[int, int]]
+    left: list[int]
+    stream_from: int
+    whole: float = 0.25
+    save_s: float = 120
+    log_steps: int = 20
+    bfloat16: bool = True
+    threads: int = 1
+    weights: Weights = Weights()
+    shape: Shape = Shape()
+    acoustics: Acoustics = Acoustics()
+    conversation: Conversation = Conversation()
+
+
+@dataclass(slots=True)
+class Batch:
+    """Scenes of one length as tensors; T is the student's number of frames.
+
+    Attributes:
+        wave: [B, N].
+        activity: [B, T, 3] bool.
+        rows: [B, T] the teacher's row where just one speaker talks, else −1.
+        owner: [B, T] that speaker, else −1.
+        utterances: [B, 3] whose embedding each local speaker should have, or −1.
+        texts: transcripts, "" for none.
+    """
+
+    wave: Tensor
+    activity: Tensor
+    rows: Tensor
+    owner: Tensor
+    utterances: Tensor
+    texts: list[str]
+
+    @staticmethod
+    def of(scenes: list[Scene], frames: int) -> "Batch":
+        """Stacks scenes of one length and cuts the labels to the student's frames."""
+        activity = torch.from_numpy(np.stack([s.activity for s in scenes]))[:, :frames]
+        rows = torch.from_numpy(np.stack([s.rows for s in scenes]))[:, :frames]
+        alone = activity.sum(-1) == 1
+        owner = torch.where(alone, activity.int().argmax(-1), -1)
+        return Batch(
+            wave=torch.from_numpy(np.stack([s.wave for s in scenes])),
+            activity=activity,
+            rows=torch.where(alone, rows.max(-1).values, -1),
+            owner=owner,
+            utterances=torch.tensor([s.utterances for s in scenes]),
+            texts=[s.text for s in scenes],
+        )
+
+
+class Run:
+    """Everything that changes while training, and how it is stored."""
+
+    def __init__(self, settings: Finetune) -> None:
+        self.settings = settings
+        torch.manual_seed(settings.seed)
+        self.corpus = Corpus(settings.data)
+        self.simulator = Simulator(self.corpus, settings.acoustics, settings.conversation)
+        self.targets = voice_targets(self.corpus)
+        self.speaker_rows = torch.tensor(
+            [self.targets.names.get(item.speaker, -1) for item in self.corpus.utterances]
+        )
+        self.student = Student(settings.shape)
+        self.mel = nn.Linear(settings.shape.conv_dim[-1], 80)
+        self.mel_filters = mel_filters()
+        start_voice(self.student, self.targets)
+        if settings.campplus is not None:
+            start_from_teacher(self.student, self.targets, settings.campplus)
+        self.average = {name: p.detach().clone() for name, p in self.student.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=True)
+        self.step = 0
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        kept = [self.student.first_filters, *self.student.speaker.feature_extractor.parameters()]
+        rest = [p for p in self.student.parameters() if all(p is not k for k in kept)]
+        decay = self.settings.weight_decay
+        yield {"params": kept, "scale": self.settings.kept_rate, "weight_decay": 0.0}
+        yield {"params": [p for p in rest if p.ndim > 1], "scale": 1.0, "weight_decay": decay}
+        yield {"params": [p for p in rest if p.ndim <= 1], "scale": 1.0, "weight_decay": 0.0}
+        yield {"params": list(self.mel.parameters()), "scale": 1.0, "weight_decay": 0.0}
+
+    # ---- one step ----
+
+    def rate(self, step: int) -> float:
+        """Learning rate: a ramp, a plateau, a linear end."""
+        s = self.settings
+        rise = min(1.0, (step + 1) / s.warm_up_steps)
+        fall = min(1.0, max(0.0, (s.steps - step) / max(s.decay_steps, 1)))
+        return s.rate * rise * fall
+
+    def batches(self, step: int) -> Iterator[tuple[Batch, Window | None]]:
+        """The two batches of a step and the window each is seen through."""
+        s = self.settings
+        rng = np.random.default_rng([s.seed, step])
+        for lengths, total in (
+            (s.utterance_hops, s.utterance_batch_hops),
+            (s.talk_hops, s.talk_batch_hops),
+        ):
+            hops = int(rng.choice(lengths))
+            scenes: list[Scene] = []
+            for _ in range(max(1, total // hops)):
+                if rng.random() < s.nobody:
+                    scenes.append(self.simulator.nobody(rng, hops))
+                elif lengths is s.utterance_hops:
+                    scenes.append(self.simulator.single(rng, hops, s.sources))
+                else:
+                    scenes.append(self.simulator.talk(rng, hops))
+            frames = self.student.encoder.config.frames(hops * HOP)
+            window = None
+            if step >= s.stream_from and rng.random() >= s.whole:
+                chunk, right = s.windows[int(rng.integers(len(s.windows)))]
+                window = Window(chunk=chunk, left=int(rng.choice(s.left)), right=right)
+            yield Batch.of(scenes, int(frames)), window
+
+    def losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
+        """Every loss of a batch by name, not yet weighted."""
+        targets = self.targets
+        activity = out.activity.float()
+        losses = {
+            "activity": pit_loss(activity, batch.activity),
+            "presence": presence_loss(activity, batch.activity),
+            "ctc": ctc_loss(out.characters, batch.texts),
+        }
+        where = batch.rows >= 0
+        rows = torch.zeros(*where.shape, out.voice.shape[-1])
+        assert self.corpus.voice is not None
+        rows[where] = torch.from_numpy(self.corpus.voice[batch.rows[where].numpy()]).float()
+        losses["dense"] = targets.dense_loss(out.voice, rows, where)
+        # one embedding a local speaker who talks alone for at least a second
+        mass = F.one_hot(batch.owner + 1, 4)[..., 1:].float()
+        row, local = torch.nonzero(mass.sum(1) >= 50, as_tuple=True)
+        if len(row):
+            embedding = self.student.embed(out.voice[row], mass[row, :, local])
+            utterance = batch.utterances[row, local]
+            losses["cosine"], losses["nce"] = targets.embedding_losses(
+                embedding, utterance, self.speaker_rows[utterance]
+            )
+        if self.step < self.settings.weights.mel_steps:
+            energies = filterbank(batch.wave, self.mel_filters)
+            energies = F.avg_pool1d(energies.transpose(1, 2), 2).transpose(1, 2)
+            energies = energies[:, : out.features.shape[1]] / 4
+            losses["mel"] = F.mse_loss(self.mel(out.features).float(), energies)
+        return losses
+
+    def advance(self) -> dict[str, float]:
+        """Makes one step and gives its losses."""
+        s = self.settings
+        torch.manual_seed(s.seed * 1_000_003 + self.step)
+        self.student.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = s.weights.model_dump()
+        weights["mel"] *= max(0.0, 1 - self.step / max(s.weights.mel_steps, 1))
+        seen: dict[str, float] = {}
+        for kind, (batch, window) in zip(("u", "c"), self.batches(self.step), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=s.bfloat16):
+                out = self.student(batch.wave, window)
+                losses = self.losses(batch, out)
+            total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+            total.backward()
+            seen |= {f"{kind}.{name}": float(loss.detach()) for name, loss in losses.items()}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        seen["norm"] = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step) * group["scale"]
+        if math.isfinite(seen["norm"]):
+            self.optimizer.step()
+        self.step += 1
+        keep = min(s.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                self.average[name].lerp_(parameter, 1 - keep)
+        return seen
+
+    # ---- storage ----
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint of the run."""
+        return self.settings.run / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Writes the checkpoint in one move: a cut leaves the old one whole."""
+        self.settings.run.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step,
+            "shape": self.settings.shape.model_dump(),
+            "student": dict(self.student.named_parameters()),
+            "mel": self.mel.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.rename(self.path)
+
+    def resume(self) -> bool:
+        """Goes on from the checkpoint, if there is one."""
+        if not self.path.exists():
+            return False
+        state = torch.load(self.path, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.copy_(state["student"][name])
+                self.average[name].copy_(state["average"][name])
+        self.mel.load_state_dict(state["mel"])
+        scales = [group["scale"] for group in self.optimizer.param_groups]
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, scale, decay in zip(self.optimizer.param_groups, scales, decays, strict=True):
+            group["scale"], group["weight_decay"] = scale, decay
+        self.step = state["step"]
+        return True
+
+
+def voice_targets(corpus: Corpus) -> VoiceTargets:
+    """Normalisation of the teacher, from the training split."""
+    assert corpus.voice is not None, "run recipes.prepare first: the teacher's rows are missing"
+    assert corpus.embeddings is not None
+    rows = torch.from_numpy(np.array(corpus.voice[:: max(1, len(corpus.voice) // 50_000)]))
+    names = [item.speaker if item.split == "train" else "" for item in corpus.utterances]
+    return VoiceTargets(rows[rows.abs().sum(1) > 0], torch.from_numpy(corpus.embeddings), names)
+
+
+@torch.no_grad()
+def start_voice(student: Student, targets: VoiceTargets) -> None:
+    """Starts the x-vector head's frame layers at full gain, its outputs at the teacher's mean.
+
+    The published initialisation (0.02) shrinks a signal, and its gradient, thirtyfold in three
+    layers of this width.
+    """
+    linears = [student.speaker.projector, *student.speaker.tdnn.modules()]
+    linears = [module for module in linears if isinstance(module, nn.Linear)]
+    for linear in linears:
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+    linears[-1].bias.copy_(targets.mean)
+
+
+@torch.no_grad()
+def start_from_teacher(student: Student, targets: VoiceTargets, campplus: Path) -> None:
+    """Starts the x-vector head's last layer as the teacher's own.
+
+    With its frames imitated in units of their deviation, the teacher's dense layer and batch norm,
+    less the mean embedding, give its centred embeddings: one linear layer, here multiplied out.
+    """
+    teacher = Campplus(campplus)
+    scale, shift = teacher.norms["xvector.dense.nonlinear.batchnorm"]
+    weight = teacher.tensors["xvector.dense.linear.weight"][..., 0] * scale[:, None]
+    assert weight.shape[0] == EMBEDDING_CHANNELS
+    student.speaker.feature_extractor.weight.copy_(weight * targets.scale.repeat(2))
+    student.speaker.feature_extractor.bias.copy_(shift - targets.centre)
+
+
+def main() -> None:
+    """Command line of the stage."""
+    settings = from_arguments(Finetune, "finetune", "train the encoder and its heads")
+    torch.set_num_threads(settings.threads)
+    run = Run(settings)
+    print(f"{'resumed at' if run.resume() else 'new run, at'} step {run.step}", flush=True)
+    size = sum(p.numel() for p in run.student.parameters())
+    print(f"{size / 1e6:.2f} M parameters, {size * 2 / 1e6:.1f} MB as float16", flush=True)
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stop.append(received))
+    settings.run.mkdir(parents=True, exist_ok=True)
+    log = (settings.run / "log.jsonl").open("a")
+    saved = began = time.monotonic()
+    sums: dict[str, list[float]] = {}
+    while run.step < settings.steps and not stop:
+        for name, value in run.advance().items():
+            sums.setdefault(name, []).append(value)
+        if run.step % settings.log_steps == 0:
+            now = time.monotonic()
+            line = {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
+            line |= {"step": run.step, "s": round((now - began) / settings.log_steps, 3)}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print(" ".join(f"{name} {value:g}" for name, value in line.items()), flush=True)
+            sums, began = {}, now
+        if time.monotonic() - saved > settings.save_s:
+            run.save()
+            saved = time.monotonic()
+    run.save()
+    log.close()
+    print(f"saved at step {run.step}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,117 @@
+"""The losses of the joint run."""
+
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recipes.student import VOCABULARY
+
+
+def pit_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Permutation-invariant binary cross-entropy (Fujita et al. 2019).  [B, T, S] twice → [].
+
+    Each row takes the assignment of outputs to speakers with the least loss.
+    """
+    B, T, S = logits.shape
+    pair = F.binary_cross_entropy_with_logits(
+        logits[..., :, None].expand(B, T, S, S),
+        target[..., None, :].expand(B, T, S, S).to(logits.dtype),
+        reduction="none",
+    ).mean(1)
+    orders = torch.tensor(list(permutations(range(S))))
+    losses = pair[:, torch.arange(S), orders].mean(-1)
+    return losses.min(1).values.mean()
+
+
+def presence_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of "somebody speaks", which no permutation touches.  [B, T, S] twice → [].
+
+    The probability that nobody speaks is the product of the outputs' complements.
+    """
+    nobody = F.logsigmoid(-logits).sum(-1).clamp(min=-30, max=-1e-4)
+    somebody = torch.log1p(-nobody.exp())
+    spoken = target.any(-1)
+    return -torch.where(spoken, somebody, nobody).mean()
+
+
+class VoiceTargets:
+    """The teacher's channels in units of their own deviation, and its centred embeddings.
+
+    Attributes:
+        scale: [512] deviation of each channel, with a floor: a few channels are almost always
+            zero, and would dominate the loss if they were lifted.
+        mean: [512] of the channels, in that unit.
+        centre: [192] mean embedding, one vote a speaker.
+        bank: [S, 192] unit centroids of the known speakers.
+        names: speaker → row of the bank.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        embeddings: Tensor,
+        speakers: list[str],
+        *,
+        floor: float = 0.25,
+    ) -> None:
+        """rows: [R, 512], a sample of frames; embeddings: [U, 192], with a name or "" each."""
+        rows = rows.float()
+        deviation = rows.std(0)
+        self.scale = deviation.clamp(min=float(floor * deviation.median()))
+        self.mean = rows.mean(0) / self.scale
+        known = sorted({name for name in speakers if name})
+        self.names = {name: row for row, name in enumerate(known)}
+        row = torch.tensor([self.names.get(name, -1) for name in speakers])
+        means = torch.stack([embeddings[row == r].mean(0) for r in range(len(known))])
+        self.centre = means.mean(0)
+        self.bank = F.normalize(means - self.centre, dim=1)
+        self.embeddings = F.normalize(embeddings - self.centre, dim=1)
+
+    def dense_loss(self, voice: Tensor, target: Tensor, where: Tensor) -> Tensor:
+        """Mean squared error a channel.  [B, T, 512] twice, where: [B, T] bool → []."""
+        error = ((voice.float() - target / self.scale) ** 2).mean(-1)
+        return (error * where).sum() / where.sum().clamp(min=1)
+
+    def embedding_losses(
+        self, embedding: Tensor, utterance: Tensor, row: Tensor, temperature: float = 0.07
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine distance to the teacher, and NCE against every known speaker.  [P, 192] → [], [].
+
+        utterance: [P] which teacher embedding each should be; row: [P] its speaker's row of the
+        bank, or −1: speakers without a name have no part in the NCE, not even as negatives.
+        """
+        embedding = F.normalize(embedding.float(), dim=1)
+        cosine = 1 - (embedding * self.embeddings[utterance]).sum(1).mean()
+        if not bool((row >= 0).any()):
+            return cosine, embedding.new_zeros(())
+        logits = embedding[row >= 0] @ self.bank.T / temperature
+        return cosine, F.cross_entropy(logits, row[row >= 0])
+
+
+def ctc_loss(logits: Tensor, texts: list[str]) -> Tensor:
+    """Connectionist temporal classification, per character.  logits: [B, T, V] → [].
+
+    A row with an empty text has no transcript and is left out.
+    """
+    kept = [i for i, text in enumerate(texts) if text]
+    if not kept:
+        return logits.new_zeros((), dtype=torch.float32)
+    labels = [encode(texts[i]) for i in kept]
+    log_probs = logits[kept].float().log_softmax(-1).transpose(0, 1)
+    frames = torch.full((len(kept),), logits.shape[1])
+    return F.ctc_loss(
+        log_probs,
+        torch.cat(labels),
+        frames,
+        torch.tensor([len(label) for label in labels]),
+        zero_infinity=True,
+    )
+
+
+def encode(text: str) -> Tensor:
+    """Upper-case text → indices of characters, "|" between words; others are dropped."""
+    index = {symbol: i for i, symbol in enumerate(VOCABULARY)}
+    spelled = "|".join(text.upper().split())
+    return torch.tensor([index[symbol] for symbol in spelled if symbol in index])

@@ -1,0 +1,327 @@
+"""Scenes with exact labels: one utterance, a conversation, or nobody, in rooms and noise.
+
+A scene is drawn from its own generator, so scene ``n`` of a run is the same whenever it is made.
+All pieces of speech are laid on the 50 Hz grid, which keeps activity and teacher rows exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.signal import butter, oaconvolve, sosfilt
+
+from recipes.corpus import HOP, RATE, Corpus
+from recipes.settings import Settings
+
+LOCAL_SPEAKERS = 3
+"""Speakers a scene may have: the outputs of the diarization head."""
+
+WHOLE_HOPS = 180
+"""Scenes of one utterance as long as this hold a whole one; shorter ones are for the voice."""
+
+FADE = 80
+"""Samples (5 ms) over which a cut piece of speech fades in and out."""
+
+
+class Acoustics(Settings):
+    """What happens to the sound between the mouth and the file.
+
+    Attributes:
+        level_db: loudness of speech in the mixture, dBFS, uniform.
+        speaker_level_db: standard deviation of a speaker's level around it.
+        noise: share of scenes with a recorded noise.
+        noise_snr_db: its signal-to-noise ratio, uniform.
+        room_tone_snr_db: ratio of the coloured noise every scene has, uniform.
+        reverb: share of scenes in a room.
+        reverb_s: reverberation time (T60), uniform.
+        narrow_band: share of scenes heard through a telephone band.
+    """
+
+    level_db: tuple[float, float] = (-46.0, -14.0)
+    speaker_level_db: float = 3.0
+    noise: float = 0.5
+    noise_snr_db: tuple[float, float] = (3.0, 30.0)
+    room_tone_snr_db: tuple[float, float] = (15.0, 55.0)
+    reverb: float = 0.4
+    reverb_s: tuple[float, float] = (0.12, 0.6)
+    narrow_band: float = 0.05
+
+
+class Conversation(Settings):
+    """How people take turns.
+
+    Attributes:
+        speakers: probabilities of 1, 2 and 3 speakers.
+        turn_s: median length of a turn.
+        turn_spread: standard deviation of the logarithm of a turn's length.
+        overlap: share of turns that begin before the last one ends.
+        overlap_s: mean of that head start.
+        pause_s: mean pause before the other turns.
+        lull: share of pauses that are long ones.
+        lull_s: longest of the long pauses.
+        backchannel: share of turns with a short remark of another speaker inside.
+        sources: probability of each corpus to lend a speaker.
+    """
+
+    speakers: tuple[float, float, float] = (0.12, 0.53, 0.35)
+    turn_s: float = 2.3
+    turn_spread: float = 0.65
+    overlap: float = 0.5
+    overlap_s: float = 0.7
+    pause_s: float = 0.35
+    lull: float = 0.12
+    lull_s: float = 6.0
+    backchannel: float = 0.15
+    sources: dict[str, float] = Field(default_factory=dict[str, float])
+
+
+@dataclass(slots=True)
+class Scene:
+    """One training example of ``hops`` hops.
+
+    Attributes:
+        wave: float32 [hops · 320].
+        activity: bool [hops, 3], the local speakers in order of appearance.
+        rows: int64 [hops, 3], the teacher's row of each active local speaker, or −1.
+        utterances: the utterance whose embedding stands for each local speaker, or −1.
+        text: verbatim transcript of a scene of one whole utterance, or "".
+    """
+
+    wave: NDArray[np.float32]
+    activity: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    utterances: list[int] = field(default_factory=lambda: [-1] * LOCAL_SPEAKERS)
+    text: str = ""
+
+
+class Simulator:
+    """Draws scenes from the training split of a corpus."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        acoustics: Acoustics,
+        conversation: Conversation,
+        *,
+        split: str = "train",
+    ) -> None:
+        self.corpus = corpus
+        self.acoustics = acoustics
+        self.conversation = conversation
+        self.bounds: dict[int, tuple[int, int]] = {}
+        self.by_speaker: dict[str, dict[str, list[int]]] = {}
+        for index, item in enumerate(corpus.utterances):
+            active = np.flatnonzero(corpus.activity[item.start : item.start + item.hops])
+            if item.split != split or len(active) < 25:
+                continue
+            self.bounds[index] = (int(active[0]), int(active[-1]) + 1)
+            # where speakers are unknown every clip is one of its own
+            name = item.speaker or item.id
+            self.by_speaker.setdefault(item.corpus, {}).setdefault(name, []).append(index)
+        self.names = {corpus: sorted(found) for corpus, found in self.by_speaker.items()}
+        self.by_corpus = {
+            corpus: np.array(sorted(i for some in found.values() for i in some))
+            for corpus, found in self.by_speaker.items()
+        }
+        self.spoken = {
+            corpus: np.array([self.bounds[i][1] - self.bounds[i][0] for i in indices])
+            for corpus, indices in self.by_corpus.items()
+        }
+
+    def single(self, rng: np.random.Generator, hops: int, sources: dict[str, float]) -> Scene:
+        """One utterance with silence around it, or in a short scene a piece of one."""
+        corpus = _choose(rng, sources)
+        fitting = self.by_corpus[corpus][self.spoken[corpus] <= hops - 4]
+        whole = hops >= WHOLE_HOPS and len(fitting) > 0
+        index = int(rng.choice(fitting if whole else self.by_corpus[corpus]))
+        item = self.corpus.utterances[index]
+        first, last = self.bounds[index]
+        # keep a little of the recording's own silence, so that no onset is lost
+        first, last = max(first - 3, 0), min(last + 3, item.hops)
+        if last - first > hops:
+            first += int(rng.integers(last - first - hops + 1))
+            last = first + hops
+        at = int(rng.integers(hops - (last - first) + 1))
+        stage = _Stage(self, rng, hops)
+        stage.say(0, index, first, last, at)
+        scene = stage.finish()
+        scene.text = item.text if whole else ""
+        return scene
+
+    def nobody(self, rng: np.random.Generator, hops: int) -> Scene:
+        """Noise and room tone only."""
+        return _Stage(self, rng, hops).finish()
+
+    def talk(self, rng: np.random.Generator, hops: int) -> Scene:
+        """A conversation of one to three speakers; one of them surely opens it."""
+        style = self.conversation
+        people = self._people(rng, 1 + int(rng.choice(3, p=style.speakers)))
+        stage = _Stage(self, rng, hops)
+        now, last, speaker = int(rng.exponential(15)), 0, 0
+        while now < hops - 15:
+            length = int(50 * style.turn_s * np.exp(style.turn_spread * rng.standard_normal()))
+            end = stage.turn(people, speaker, now, max(length, 15))
+            if len(people) > 1 and end - now > 50 and rng.random() < style.backchannel:
+                other = (speaker + 1 + int(rng.integers(len(people) - 1))) % len(people)
+                start = int(rng.integers(now + 10, end - 30))
+                stage.turn(people, other, start, int(rng.integers(15, 40)))
+            last = max(last, end)
+            if len(people) > 1 and rng.random() < 0.85:
+                speaker = (speaker + 1 + int(rng.integers(len(people) - 1))) % len(people)
+                overlapping = rng.random() < style.overlap and last > 50
+            else:
+                overlapping = False
+            if overlapping:
+                back = int(rng.exponential(50 * style.overlap_s)) + 5
+                now = max(last - back, now + 15)
+            else:
+                now = last + self._pause(rng)
+        return stage.finish()
+
+    def _pause(self, rng: np.random.Generator) -> int:
+        style = self.conversation
+        if rng.random() < style.lull:
+            return int(50 * rng.uniform(1.0, style.lull_s))
+        return int(rng.exponential(50 * style.pause_s)) + 2
+
+    def _people(self, rng: np.random.Generator, count: int) -> list[list[int]]:
+        """The utterances of ``count`` different speakers."""
+        people: list[list[int]] = []
+        names: set[str] = set()
+        while len(people) < count:
+            corpus = _choose(rng, self.conversation.sources)
+            name = self.names[corpus][int(rng.integers(len(self.names[corpus])))]
+            unknown = not self.corpus.utterances[self.by_speaker[corpus][name][0]].speaker
+            key = corpus if unknown else name  # two clips of unknown speakers may be one person
+            if key in names:
+                continue
+            names.add(key)
+            people.append(self.by_speaker[corpus][name])
+        return people
+
+
+class _Stage:
+    """A scene while it is being made: a clean track for each local speaker."""
+
+    def __init__(self, simulator: Simulator, rng: np.random.Generator, hops: int) -> None:
+        self.simulator, self.rng, self.hops = simulator, rng, hops
+        self.tracks: dict[int, NDArray[np.float32]] = {}
+        self.activity = np.zeros((hops, LOCAL_SPEAKERS), np.bool_)
+        self.rows = np.full((hops, LOCAL_SPEAKERS), -1, np.int64)
+        self.utterances = [-1] * LOCAL_SPEAKERS
+        self.heard: dict[int, int] = {}  # speaker → local index, in order of appearance
+        self.left: dict[int, tuple[int, int]] = {}  # speaker → utterance and hop to go on from
+
+    def turn(self, people: Sequence[Sequence[int]], speaker: int, at: int, length: int) -> int:
+        """Lets a speaker talk at hop ``at`` for about ``length`` hops; gives the end."""
+        local = self.heard.setdefault(speaker, len(self.heard))
+        end = min(at + length, self.hops)
+        now = at
+        while now < end - 5:
+            index, first = self.left.get(speaker) or self._draw(people[speaker])
+            last = self.simulator.bounds[index][1]
+            take = min(last - first, end - now)
+            self.say(local, index, first, first + take, now)
+            now += take
+            if first + take < last - 15:
+                self.left[speaker] = (index, first + take)
+            else:
+                self.left.pop(speaker, None)
+        return now
+
+    def _draw(self, utterances: Sequence[int]) -> tuple[int, int]:
+        index = int(self.rng.choice(utterances))
+        first, last = self.simulator.bounds[index]
+        if last - first > 300:  # a long reading: start anywhere in it
+            first = int(self.rng.integers(first, last - 150))
+        return index, first
+
+    def say(self, local: int, index: int, first: int, last: int, at: int) -> None:
+        """Lays hops ``first``…``last`` of an utterance at hop ``at`` of a local speaker."""
+        corpus = self.simulator.corpus
+        item = corpus.utterances[index]
+        begin = item.start + first
+        piece = corpus.audio[begin : begin + last - first].reshape(-1).astype(np.float32) / 32768
+        ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+        piece[:FADE] *= ramp
+        piece[-FADE:] *= ramp[::-1]
+        active = corpus.activity[begin : begin + last - first].astype(np.bool_)
+        track = self.tracks.setdefault(local, np.zeros(self.hops * HOP, np.float32))
+        track[at * HOP : (at + last - first) * HOP] = piece
+        self.activity[at : at + last - first, local] = active
+        self.rows[at : at + last - first, local] = np.where(
+            active, np.arange(begin, begin + last - first), -1
+        )
+        self.utterances[local] = index
+
+    def finish(self) -> Scene:
+        """Levels, room, noise and band → the scene."""
+        rng, how = self.rng, self.simulator.acoustics
+        wave = np.zeros(self.hops * HOP, np.float32)
+        level = rng.uniform(*how.level_db)
+        reverb = rng.uniform(*how.reverb_s) if rng.random() < how.reverb else 0.0
+        for local, track in self.tracks.items():
+            gain = 10 ** ((level + how.speaker_level_db * rng.standard_normal()) / 20)
+            track *= gain / _rms(track, np.repeat(self.activity[:, local], HOP))
+            if reverb:
+                track = oaconvolve(track, room(rng, reverb))[: len(wave)].astype(np.float32)
+            wave += track
+        loudness = 10 ** (level / 20)
+        tone = colored(rng, len(wave))
+        wave += tone * (loudness / _rms(tone) * 10 ** (-rng.uniform(*how.room_tone_snr_db) / 20))
+        if self.simulator.corpus.noises and (rng.random() < how.noise or not self.tracks):
+            noise = self._noise(len(wave))
+            wave += noise * (loudness / _rms(noise) * 10 ** (-rng.uniform(*how.noise_snr_db) / 20))
+        if rng.random() < how.narrow_band:
+            edges = (rng.uniform(150, 350), rng.uniform(3000, 3800))
+            band = butter(4, edges, "band", fs=RATE, output="sos")
+            wave = np.asarray(sosfilt(band, wave), np.float32)
+        peak = np.abs(wave).max()
+        if peak > 0.99:
+            wave *= 0.99 / peak
+        return Scene(wave, self.activity, self.rows, self.utterances)
+
+    def _noise(self, length: int) -> NDArray[np.float32]:
+        """A recorded noise, repeated from a random place."""
+        noises = self.simulator.corpus.noises
+        noise = noises[int(self.rng.integers(len(noises)))].astype(np.float32) / 32768
+        begin = int(self.rng.integers(len(noise)))
+        return np.resize(np.roll(noise, -begin), length)
+
+
+def room(rng: np.random.Generator, reverb_s: float) -> NDArray[np.float32]:
+    """A room's impulse response: the direct sound and an exponentially dying diffuse tail.
+
+    Polack's statistical model; the direct-to-reverberant ratio is uniform in −2…12 dB.
+    """
+    length = int(reverb_s * RATE)
+    time = np.arange(length) / RATE
+    tail = rng.standard_normal(length) * np.exp(-6.9 * time / reverb_s)
+    begin = int(rng.uniform(0.001, 0.02) * RATE)
+    tail[:begin] = 0
+    ratio = rng.uniform(-2, 12)
+    tail *= 10 ** (-ratio / 20) / np.sqrt((tail**2).sum() + 1e-12)
+    tail[0] = 1.0
+    return tail.astype(np.float32)
+
+
+def colored(rng: np.random.Generator, length: int) -> NDArray[np.float32]:
+    """Noise whose power falls by 0…6 dB an octave, four seconds of it repeated."""
+    size = 1 << 16
+    spectrum = np.fft.rfft(rng.standard_normal(size).astype(np.float32))
+    slope = rng.uniform(0, 1)
+    spectrum *= (np.maximum(np.arange(len(spectrum)), 8) ** -slope).astype(np.float32)
+    noise: NDArray[np.float32] = np.fft.irfft(spectrum).astype(np.float32)
+    return np.resize(noise, length)
+
+
+def _rms(wave: NDArray[np.float32], where: NDArray[np.bool_] | None = None) -> float:
+    part = wave if where is None or not where.any() else wave[where]
+    return float(np.sqrt((part.astype(np.float64) ** 2).mean())) + 1e-7
+
+
+def _choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    weights = np.array(list(shares.values()))
+    return list(shares)[int(rng.choice(len(weights), p=weights / weights.sum()))]

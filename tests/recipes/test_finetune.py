@@ -1,0 +1,139 @@
+import json
+
+import pytest
+import torch
+
+from model.encoder import UniSpeechSatModel
+from model.heads import (
+    UniSpeechSatForAudioFrameClassification,
+    UniSpeechSatForCTC,
+    UniSpeechSatForXVector,
+)
+from model.state import Window
+from recipes.export import load_student, write_checkpoints
+from recipes.finetune import Finetune, Run
+from recipes.settings import load
+from recipes.student import Shape, Student
+
+TINY = Shape(
+    layers=2,
+    width=32,
+    heads=2,
+    feed_forward=64,
+    positions=8,
+    position_groups=4,
+    conv_dim=(16, 32),
+    conv_kernel=(320, 3),
+    tdnn=(32, 512),
+)
+
+
+@pytest.fixture(scope="module")
+def settings(data, tmp_path_factory):
+    return Finetune(
+        data=data,
+        campplus=None,
+        run=tmp_path_factory.mktemp("run"),
+        steps=60,
+        decay_steps=20,
+        warm_up_steps=5,
+        rate=1e-2,
+        utterance_hops=[180],
+        talk_hops=[250],
+        utterance_batch_hops=360,
+        talk_batch_hops=250,
+        sources={"tones": 0.8, "nameless": 0.2},
+        nobody=0.1,
+        windows=[(10, 5)],
+        left=[50],
+        stream_from=2,
+        bfloat16=False,
+        shape=TINY,
+        conversation={"sources": {"tones": 0.8, "nameless": 0.2}},
+    )
+
+
+def test_losses_fall(settings):
+    run = Run(settings)
+    steps = [run.advance() for _ in range(30)]
+    for name in ("u.ctc", "u.dense", "u.activity", "c.dense", "c.activity"):
+        first = sum(step[name] for step in steps[:5])
+        last = sum(step[name] for step in steps[-5:])
+        assert last < 0.8 * first, (name, first, last)
+
+
+def test_a_run_that_was_cut_makes_the_same_steps(settings, tmp_path):
+    settings = settings.model_copy(update={"run": tmp_path})
+    run = Run(settings)
+    for _ in range(3):
+        run.advance()
+    run.save()
+    expected = [run.advance() for _ in range(2)]
+    again = Run(settings)
+    assert again.resume()
+    assert again.step == 3
+    assert [again.advance() for _ in range(2)] == expected
+    for name, parameter in again.student.named_parameters():
+        assert torch.equal(parameter, dict(run.student.named_parameters())[name]), name
+        assert torch.equal(again.average[name], run.average[name]), name
+
+
+def test_a_new_run_has_nothing_to_resume(settings, tmp_path):
+    assert not Run(settings.model_copy(update={"run": tmp_path})).resume()
+
+
+def test_the_rate_rises_stays_and_falls(settings):
+    run = Run(settings)
+    assert run.rate(0) == pytest.approx(settings.rate / 5)
+    assert run.rate(20) == settings.rate
+    assert run.rate(50) == pytest.approx(settings.rate / 2)
+    assert run.rate(60) == 0
+
+
+def test_exported_checkpoints_are_the_student(tmp_path):
+    torch.manual_seed(0)
+    student = Student(TINY).eval()
+    write_checkpoints(student, TINY, tmp_path)
+    wave = 0.1 * torch.randn(1, 16_000)
+    window = Window(chunk=10, left=20, right=4)
+    heads = {
+        "diarization": UniSpeechSatForAudioFrameClassification,
+        "speaker": UniSpeechSatForXVector,
+        "ctc": UniSpeechSatForCTC,
+    }
+    with torch.inference_mode():
+        out = load_student(tmp_path)(wave, window)
+        expected = {"diarization": out.activity, "speaker": out.voice, "ctc": out.characters}
+        for name, kind in heads.items():
+            model = kind.from_pretrained(tmp_path / name).eval()
+            assert isinstance(model.unispeech_sat, UniSpeechSatModel)
+            encoded = model.unispeech_sat(wave, output_hidden_states=True, streaming=window)
+            assert torch.allclose(model.of(encoded), expected[name], atol=1e-5)
+        whole = student(wave, window)
+        assert torch.allclose(whole.activity, out.activity, atol=1e-2)  # float16 weights
+    index = json.loads((tmp_path / "ctc" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["lm_head.weight"] == "head.safetensors"
+    places = set(index["weight_map"].values())
+    assert places == {"head.safetensors", "../encoder.safetensors"}
+
+
+def test_pooling_weighs_frames(data):
+    torch.manual_seed(0)
+    student = Student(TINY).eval()
+    voice = torch.rand(1, 40, 512)
+    mass = torch.zeros(1, 40)
+    mass[:, 10:30] = 1
+    chosen = voice[:, 10:30]
+    pooled = torch.cat([chosen.mean(1), chosen.std(1)], 1)
+    expected = student.speaker.feature_extractor(pooled)
+    assert torch.allclose(student.embed(voice, mass), expected, atol=1e-4)
+
+
+def test_settings_take_changes_and_refuse_unknown_keys(tmp_path):
+    path = tmp_path / "shape.yaml"
+    path.write_text("layers: 3\n")
+    assert load(Shape, path, ["width=64"]).width == 64
+    with pytest.raises(ValueError, match="depth"):
+        load(Shape, path, ["depth=4"])
+    with pytest.raises(ValueError, match="expected key=value, got 'layers'"):
+        load(Shape, path, ["layers"])
