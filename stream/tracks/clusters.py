@@ -122,13 +122,16 @@ class Clusters:
             vector = vector - self._mean
         return vector / max(float(np.linalg.norm(vector)), 1e-9)
 
-    def rivals(self, beside: dict[int, int]) -> set[int]:
-        """Labels that a turn cannot have: those of the turns it overlapped for long enough."""
-        past = self.state.past
+    def rivals(self, number: int, beside: dict[int, int]) -> set[int]:
+        """Labels that a turn cannot have: those of the turns it overlapped for long enough.
+
+        Of two turns the later one may be the only one that was told of their overlap.
+        """
         return {
-            past[number].label
-            for number, frames in beside.items()
-            if frames >= self._rival and number in past
+            past.label
+            for other, past in self.state.past.items()
+            if other != number
+            and max(beside.get(other, 0), past.beside.get(number, 0)) >= self._rival
         }
 
     def decide(
@@ -149,7 +152,7 @@ class Clusters:
             prior: Label → what is added to its score for reasons other than the voice.
         """
         before = self._forget(number)
-        rivals = self.rivals(beside)
+        rivals = self.rivals(number, beside)
         decision = self._choose(vector, evidence, rivals, prior or {}, before)
         zeros = np.zeros(0) if vector is None else np.zeros_like(vector)
         past = Past(
@@ -187,10 +190,6 @@ class Clusters:
         """Whether the two talked at once for so long that they must be two."""
         frames = max(self._beside(one, other), self._beside(other, one))
         return frames >= self._cannot_link
-
-    def drop(self, number: int) -> None:
-        """Takes a turn out again, as if it had never been."""
-        self._forget(number)
 
     def label(self, number: int) -> int | None:
         """A turn's label now, if its turn is still remembered."""
@@ -270,7 +269,10 @@ class Clusters:
         if past is None:
             return None
         speaker = self.state.speakers[past.label]
+        # From the end: only recent turns are looked at again, and a long session has many.
+        speaker.turns.reverse()
         speaker.turns.remove(number)
+        speaker.turns.reverse()
         if not speaker.turns:
             del self.state.speakers[past.label]
             return past.label
@@ -301,35 +303,38 @@ class Clusters:
     def _merge_alike(self) -> list[Revision]:
         revisions: list[Revision] = []
         while True:
-            pairs = [
-                (score, -target, -source)
-                for source in self.state.speakers
-                for target in self.state.speakers
-                if target < source
-                and min(self._evidence(source), self._evidence(target)) >= self._merge
-                and (score := self._alike(source, target)) >= self.settings.merge_threshold
-                and not self.apart(source, target)
-            ]
-            if not pairs:
+            labels, centroids = self._centroids(self._merge)
+            alike = np.tril(centroids @ centroids.T, -1)
+            rows, columns = np.nonzero(alike >= max(self.settings.merge_threshold, 1e-9))
+            pairs = sorted(
+                (-float(alike[row, column]), labels[column], labels[row])
+                for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+            )
+            for _, target, source in pairs:
+                if not self.apart(source, target):
+                    revisions.append(self.merge(source, target))
+                    break
+            else:
                 return revisions
-            _, target, source = max(pairs)
-            revisions.append(self.merge(-source, -target))
 
-    def _evidence(self, label: int) -> float:
-        return self.state.speakers[label].evidence
-
-    def _alike(self, one: int, other: int) -> float:
-        return float(self.centroid(one)[0] @ self.centroid(other)[0])
+    def _centroids(self, evidence: float) -> tuple[list[int], NDArray[np.float64]]:
+        """Labels with at least this much evidence, and their unit vectors [labels, E]."""
+        labels = [
+            label
+            for label, speaker in sorted(self.state.speakers.items())
+            if speaker.evidence >= evidence and speaker.total.size
+        ]
+        totals = [self.state.speakers[label].total for label in labels]
+        matrix = np.stack(totals) if totals else np.zeros((0, 0))
+        return labels, matrix / np.maximum(np.linalg.norm(matrix, axis=-1, keepdims=True), 1e-9)
 
     def _split(self) -> list[Revision]:
         """Moves past turns that are clearly nearer to a speaker other than theirs."""
         settings = self.settings
         moved: dict[tuple[int, int], list[int]] = {}
-        for number in sorted(self.state.past):
+        for number in self._strays():
             past = self.state.past[number]
-            if not past.vector.size or len(self.state.speakers) < 2:
-                continue
-            rivals = self.rivals(past.beside) | {past.label}
+            rivals = self.rivals(number, past.beside) | {past.label}
             scores = [
                 (self._score(past.vector, label), -label)
                 for label, speaker in self.state.speakers.items()
@@ -356,6 +361,21 @@ class Clusters:
         return [
             Revision(numbers, source, target, "split")
             for (source, target), numbers in moved.items()
+        ]
+
+    def _strays(self) -> list[int]:
+        """Past turns that some other speaker is at least as near to: all that could move."""
+        labels, centroids = self._centroids(self._sure)
+        past = [item for _, item in sorted(self.state.past.items()) if item.vector.size]
+        if not past or not labels or len(self.state.speakers) < 2:
+            return []
+        scores = np.stack([item.vector for item in past]) @ centroids.T
+        own = np.array([item.label for item in past])[:, None] == np.array(labels)
+        nearest = np.where(own, -2.0, scores).max(axis=1).tolist()
+        return [
+            item.number
+            for item, score in zip(past, nearest, strict=True)
+            if score > -2.0 and score - self._own_score(item) >= self.settings.split_margin
         ]
 
     def _own_score(self, past: Past) -> float:
