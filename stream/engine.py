@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import queue
+import re
 import struct
 import threading
 from collections import Counter
@@ -44,6 +45,7 @@ EMBEDDED: Final = "embedded"
 LOUDEST: Final = 1e6
 """A sample beyond this is no audio: it is treated as non-finite before it overflows the model."""
 
+_DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
 _ORIGIN: Final = struct.Struct("<q")
 
 
@@ -85,6 +87,13 @@ class EngineSettings(BaseModel):
     def _whole_frames(cls, value: int) -> int:
         if value % (1000 // FRAME_RATE):
             raise ValueError(f"expected a multiple of {1000 // FRAME_RATE} ms, got {value}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {value!r}")
         return value
 
 
@@ -561,11 +570,7 @@ def _device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = None
-    with contextlib.suppress(RuntimeError):
-        device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise EngineError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise EngineError(f"device: {name} is not here ({count} CUDA device(s)); expected cpu")

@@ -76,6 +76,10 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
             SOURCES + "engine: {slots: 0}\n",
             "FILE: engine.slots: got 0, expected greater than or equal to 1",
         ),
+        (
+            SOURCES + "engine: {device: tpu}\n",
+            "FILE: engine.device: expected auto, cpu, cuda or cuda:N, got 'tpu'",
+        ),
         ("engine: {}\n", "FILE: sources: missing; expected Streams by name"),
         (
             "sources: {a: {kind: fiel, path: x}}\n",
@@ -158,8 +162,8 @@ def test_secrets_come_from_the_environment(tmp_path, monkeypatch):
     assert (secret.get_secret_value() if hasattr(secret, "get_secret_value") else secret) == (
         "se${cret}"
     )
-    text = SOURCES + "engine: {device: 'a$${b}'}\n"
-    assert load(written(tmp_path, text)).engine.device == "a${b}"
+    text = SOURCES + "engine: {checkpoint: ['a$${b}']}\n"
+    assert load(written(tmp_path, text)).engine.checkpoint == ("a${b}",)
 
 
 def test_a_configuration_from_flags_names_where_it_came_from():

@@ -188,7 +188,6 @@ async def test_the_inference_thread_ends_with_the_engine(checkpoint):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "cuda:93"}, "device: cuda:93 is not here"),
         ({"checkpoint": ("/no/such/place",)}, "/no/such/place"),
     ],
@@ -218,3 +217,33 @@ async def test_a_ctc_checkpoint_without_a_vocabulary_is_refused(checkpoint, tmp_
 def test_a_chunk_that_is_no_whole_number_of_frames_is_refused():
     with pytest.raises(ValueError, match="expected a multiple of 20 ms, got 510"):
         EngineSettings(chunk_ms=510)
+
+
+async def test_the_mean_of_label_frames_is_the_published_head(checkpoint, tmp_path):
+    import torch
+
+    from model.checkpoint import load_pretrained, read_config
+    from model.heads import UniSpeechSatForSequenceClassification
+
+    config = await asyncio.to_thread(read_config, checkpoint[0])
+    config.id2label = {0: "calm", 1: "angry"}
+    torch.manual_seed(3)
+    model = UniSpeechSatForSequenceClassification(config).eval()
+    folder = tmp_path / "emotion"
+    await asyncio.to_thread(model.save_pretrained, folder)
+    samples = speechlike(16_000)
+    async with Engine(settings([str(folder)])) as engine:
+        # Without a preprocessor_config.json the published default holds: the wave is normalised.
+        assert engine.labels == {"emotion": ("calm", "angry")}
+        assert (engine.vocabulary, engine.voice_id, engine.has_voice) == (None, None, False)
+        await asyncio.to_thread(
+            (folder / "preprocessor_config.json").write_text, '{"do_normalize": false}'
+        )
+    async with Engine(settings([str(folder)])) as engine:
+        frames = await heard(engine, readies(engine, engine.acquire(), samples))
+        window = engine.window
+    mean = np.concatenate([each.labels["emotion"] for each in frames]).mean(axis=0)
+    again = await asyncio.to_thread(load_pretrained, str(folder))
+    with torch.inference_mode():
+        logits = again(torch.from_numpy(samples)[None], streaming=window).logits
+    np.testing.assert_allclose(mean, logits[0].numpy(), atol=1e-4)
