@@ -161,6 +161,7 @@ class TurnsState:
 
     Attributes:
         cursor: Sample at which the next frame must begin; -1 before the first.
+        origin: Sample of the first frame since the last break.
         channels: Local speakers.
         weights: Clean-speech weight of each channel, for the latest frames.
         number: The last turn's number.
@@ -172,6 +173,7 @@ class TurnsState:
     """
 
     cursor: int = -1
+    origin: int = 0
     channels: list[Channel] = field(default_factory=list[Channel])
     weights: list[list[float]] = field(default_factory=list[list[float]])
     number: int = 0
@@ -235,6 +237,9 @@ class Turns:
             )
             if frames.nonfinite or (frames.rows and frames.start > state.cursor):
                 events = self._stop()
+                state.origin = frames.start
+        elif frames.rows:
+            state.origin = frames.start
         if frames.rows:
             state.cursor = frames.start
         state.voiced = state.voiced or (frames.voice is not None and self._embed is not None)
@@ -537,7 +542,11 @@ class Turns:
         state = self.state
         sample = frames.start + (row - frames.voice_delay) * HOP
         index = len(state.weights) - (state.cursor - sample) // HOP
-        if not 0 <= index < len(state.weights) or not any(ch.run for ch in state.channels):
+        # The first rows of a stream look back on frames that never were.
+        whole = sample - state.origin >= frames.voice_delay * HOP
+        if not (whole and 0 <= index < len(state.weights)):
+            return []
+        if not any(channel.run for channel in state.channels):
             return []
         voice = frames.voice[row].astype(np.float64)
         events = list[Event]()
