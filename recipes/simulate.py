@@ -288,7 +288,7 @@ class _Stage:
         noises = self.simulator.corpus.noises
         noise = noises[int(self.rng.integers(len(noises)))].astype(np.float32) / 32768
         begin = int(self.rng.integers(len(noise)))
-        return np.resize(np.roll(noise, -begin), length)
+        return np.resize(np.roll(noise, -begin), length).astype(np.float32)
 
 
 def room(rng: np.random.Generator, reverb_s: float) -> NDArray[np.float32]:
@@ -307,14 +307,14 @@ def room(rng: np.random.Generator, reverb_s: float) -> NDArray[np.float32]:
     return tail.astype(np.float32)
 
 
-def colored(rng: np.random.Generator, length: int) -> NDArray[np.float32]:
+def colored(rng: np.random.Generator, length: int) -> NDArray[np.floating]:
     """Noise whose power falls by 0…6 dB an octave, four seconds of it repeated."""
     size = 1 << 16
     spectrum = np.fft.rfft(rng.standard_normal(size).astype(np.float32))
     slope = rng.uniform(0, 1)
     spectrum *= (np.maximum(np.arange(len(spectrum)), 8) ** -slope).astype(np.float32)
-    noise: NDArray[np.float32] = np.fft.irfft(spectrum).astype(np.float32)
-    return np.resize(noise, length)
+    noise = np.fft.irfft(spectrum)
+    return np.resize(noise, length).astype(np.float32)
 
 
 def _rms(wave: NDArray[np.float32], where: NDArray[np.bool_] | None = None) -> float:
