@@ -271,22 +271,21 @@ async def test_a_session_goes_on_after_its_microphone_was_unplugged(fake, checkp
         "session": {"heartbeat_s": 0.4},
         "log": {"level": "error"},
     }
-    events, stop, arrived = [], asyncio.Event(), asyncio.Event()
-
-    def take(event):
-        events.append(event)
-        arrived.set()
+    events, stop = [], asyncio.Event()
 
     async def happens(wanted):
         while not any(wanted(event) for event in events):
-            arrived.clear()
-            await arrived.wait()
+            if running.done():
+                await running  # … failed, and says why
+            await asyncio.sleep(0.02)
 
     def beat(event, after_s=0.0):
         return event.type == "heartbeat" and event.end > after_s
 
     fake.speak()
-    running = asyncio.create_task(run(parse(given, where="test"), on_event=take, stop=stop))
+    running = asyncio.create_task(
+        run(parse(given, where="test"), on_event=events.append, stop=stop)
+    )
     await happens(beat)
     await asyncio.to_thread(fake.unplug)
     await happens(lambda event: event.type == "warning")
