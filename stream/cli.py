@@ -551,10 +551,8 @@ def _print_score(reference: Path, heard: Path, duration_s: float) -> None:
         table.add_row(name, *(f"{100 * part:.1f} %" for part in parts))
     out.print(table)
     people = len({span.speaker for span in truth})
-    out.print(
-        f"{people + speaker_count_error(truth, found)} speakers found of {people}; "
-        "overlapped speech is scored."
-    )
+    found_count = people + speaker_count_error(truth, found)
+    out.print(f"Found {found_count} of {people} speakers. Overlapped speech is scored.")
 
 
 def _duration(path: Path) -> float | None:

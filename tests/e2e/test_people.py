@@ -112,4 +112,4 @@ def test_the_demo_ends_with_its_score(livesat):
     assert result.code == 0, result.err
     assert "session closed" in result.out
     assert "to the millisecond" in result.out
-    assert "speakers found of 4" in result.out
+    assert "of 4 speakers" in result.out
