@@ -108,7 +108,10 @@ def write_checkpoints(student: Student, shape: Shape, target: Path) -> int:
         _write(folder / "preprocessor_config.json", FEATURES)
     _write(target / "ctc" / "vocab.json", {c: i for i, c in enumerate(VOCABULARY)})
     _write(target / "ctc" / "tokenizer_config.json", TOKENIZER)
-    return sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+    files = list(target.rglob("*.safetensors"))
+    for file in files:
+        file.chmod(0o644)  # safetensors makes them readable by their owner alone
+    return sum(file.stat().st_size for file in files)
 
 
 def _part(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:

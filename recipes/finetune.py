@@ -90,7 +90,7 @@ class Finetune(Settings):
     utterance_batch_hops: int
     talk_batch_hops: int
     sources: dict[str, float]
-    nobody: float = 0.05
+    nobody: float = 0.1
     windows: list[tuple[int, int]]
     left: list[int]
     stream_from: int

@@ -39,9 +39,9 @@ class Acoustics(Settings):
         narrow_band: share of scenes heard through a telephone band.
     """
 
-    level_db: tuple[float, float] = (-46.0, -14.0)
+    level_db: tuple[float, float] = (-52.0, -16.0)
     speaker_level_db: float = 3.0
-    noise: float = 0.5
+    noise: float = 0.6
     noise_snr_db: tuple[float, float] = (3.0, 30.0)
     room_tone_snr_db: tuple[float, float] = (15.0, 55.0)
     reverb: float = 0.4
@@ -71,7 +71,7 @@ class Conversation(Settings):
     overlap: float = 0.5
     overlap_s: float = 0.7
     pause_s: float = 0.35
-    lull: float = 0.12
+    lull: float = 0.2
     lull_s: float = 6.0
     backchannel: float = 0.15
     sources: dict[str, float] = Field(default_factory=dict[str, float])
