@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import UniSpeechSatConfig
+from model.linear import Linear
 
 
 class Attention(nn.Module):
@@ -22,42 +23,45 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.head_dim = D // self.heads
         self.dropout = config.attention_dropout
-        self.k_proj = nn.Linear(D, D)
-        self.v_proj = nn.Linear(D, D)
-        self.q_proj = nn.Linear(D, D)
-        self.out_proj = nn.Linear(D, D)
+        self.k_proj = Linear(D, D)
+        self.v_proj = Linear(D, D)
+        self.q_proj = Linear(D, D)
+        self.out_proj = Linear(D, D)
 
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
         head_mask: Tensor | None = None,
-        past: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        queries: int | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """x: [B, T, D] → [B, T, D], attention [B, H, T, K] or None, keys and values of x.
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: [B, T, D] → [B, Q, D], and the attention [B, H, Q, K] or None.
 
         Args:
             x: frames.
-            mask: [B or 1, 1, T or 1, K] bool, True where a key may be seen.
+            mask: [B or 1, 1, Q or 1, K] bool, True where a key may be seen.
             head_mask: [H] or [B, H, 1, 1], the factor of each head's output.
-            past: cached keys and values, [B, L, H, head_dim] each; they stand before x's own, so
-                K = L + T. Without it K = T.
+            cache: keys and values, [B, L + T, H, head_dim] each: L that are cached, then room for
+                x's own, which are written there. K = L + T; without a cache K = T.
+            queries: how many of the first frames to compute; None is all.
             output_attentions: return the matrix (always computed eagerly).
         """
         B, T, D = x.shape
-        shape = (B, T, self.heads, self.head_dim)
-        query = self.q_proj(x).view(shape)
-        key = self.k_proj(x).view(shape)
-        value = self.v_proj(x).view(shape)
-        keys, values = key, value
-        if past is not None and past[0].shape[1]:
-            keys = torch.cat([past[0].to(key.dtype), key], dim=1)
-            values = torch.cat([past[1].to(value.dtype), value], dim=1)
+        Q = T if queries is None else queries
+        query = self.q_proj(x[:, :Q]).view(B, Q, self.heads, self.head_dim)
+        key = self.k_proj(x).view(B, T, self.heads, self.head_dim)
+        value = self.v_proj(x).view(B, T, self.heads, self.head_dim)
+        if cache is not None:
+            room = cache[0].shape[1] - T
+            cache[0][:, room:] = key
+            cache[1][:, room:] = value
+            key, value = cache
         context, weights = attend(
             query.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             mask,
             implementation="eager" if output_attentions else self.config.attn_implementation,
             dropout=self.dropout if self.training else 0.0,
@@ -65,8 +69,8 @@ class Attention(nn.Module):
         if head_mask is not None:
             factor = head_mask.view(1, -1, 1, 1) if head_mask.dim() == 1 else head_mask
             context = context * factor.to(context.dtype)
-        out = self.out_proj(context.transpose(1, 2).reshape(B, T, D))
-        return out, weights if output_attentions else None, key, value
+        out = self.out_proj(context.transpose(1, 2).reshape(B, Q, D))
+        return out, weights if output_attentions else None
 
 
 def attend(

@@ -19,16 +19,16 @@ from model.features import (
     carries,
     normalize_step,
 )
+from model.linear import Linear
 from model.masking import compute_mask_indices
 from model.position import PositionalConvEmbedding
 from model.state import (
     EncoderState,
+    Rows,
     RunningMoments,
     Window,
-    check_slots,
-    put_rows,
     ring_positions,
-    rows_of,
+    rows_for,
 )
 
 
@@ -190,14 +190,15 @@ class FeedForward(nn.Module):
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__()
         self.intermediate_dropout = nn.Dropout(config.activation_dropout)
-        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = activation(config.hidden_act)
-        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
+        self.gelu = config.hidden_act == "gelu"  # computed with the product, where it can be
+        self.activation = nn.Identity() if self.gelu else activation(config.hidden_act)
+        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] → [B, T, D]"""
-        x = self.intermediate_dropout(self.activation(self.intermediate_dense(x)))
+        x = self.intermediate_dropout(self.activation(self.intermediate_dense(x, gelu=self.gelu)))
         return self.output_dropout(self.output_dense(x))
 
 
@@ -239,14 +240,16 @@ class EncoderLayer(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         head_mask: Tensor | None = None,
-        past: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        queries: int | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """x: [B, T, D] → [B, T, D], attention or None, keys, values; see `Attention.forward`."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: [B, T, D] → [B, Q, D], attention or None; see `Attention.forward`."""
         inner = self.layer_norm(x) if self.stable else x
-        attended, weights, key, value = self.attention(
-            inner, mask, head_mask, past, output_attentions
+        attended, weights = self.attention(
+            inner, mask, head_mask, cache, queries, output_attentions
         )
+        x = x[:, :queries]
         x = x + self.dropout(attended)
         if self.stable:
             x = x + self.feed_forward(self.final_layer_norm(x))
@@ -255,7 +258,7 @@ class EncoderLayer(nn.Module):
         else:
             x = self.layer_norm(x)
             x = self.final_layer_norm(x + self.feed_forward(x))
-        return x, weights, key, value
+        return x, weights
 
 
 class Encoder(nn.Module):
@@ -298,11 +301,11 @@ class Encoder(nn.Module):
                 hidden.append(x)
                 continue
             if self.gradient_checkpointing and self.training:
-                x, weights, _, _ = torch.utils.checkpoint.checkpoint(
-                    layer, x, mask, heads, None, output_attentions, use_reentrant=False
+                x, weights = torch.utils.checkpoint.checkpoint(
+                    layer, x, mask, heads, None, None, output_attentions, use_reentrant=False
                 )
             else:
-                x, weights, _, _ = layer(x, mask, heads, None, output_attentions)
+                x, weights = layer(x, mask, heads, output_attentions=output_attentions)
             hidden.append(x)
             if weights is not None:
                 attentions.append(weights)
@@ -464,7 +467,7 @@ class UniSpeechSatModel(PreTrainedModel):
             raise ValueError(f"slots: expected at least 1, got {slots}")
         inputs = (1, *config.conv_dim[:-1])
         heads, width = config.num_attention_heads, config.hidden_size
-        ring = (slots, window.left, heads, width // heads)
+        ring = (slots, window.left + window.chunk + window.right, heads, width // heads)
         grouped = config.feat_extract_norm == "group"
         frames = self.encoder.pos_conv_embed.history + window.right
         return EncoderState(
@@ -483,6 +486,7 @@ class UniSpeechSatModel(PreTrainedModel):
             normalize=normalize,
         )
 
+    @torch.no_grad()
     def step(
         self,
         chunk: Tensor,
@@ -509,9 +513,10 @@ class UniSpeechSatModel(PreTrainedModel):
         if chunk.dim() != 2 or chunk.shape[1] != N:
             raise ValueError(f"chunk: expected [B, {N}], got {tuple(chunk.shape)}")
         B = chunk.shape[0]
-        check_slots(slots, B, state.received.shape[0])
+        rows = rows_for(slots, B, state.slots)
         device = self.device
-        slots = None if slots is None else slots.to(device)
+        if isinstance(rows, Tensor):
+            rows = rows.to(device)
         chunk = chunk.to(device)
         valid = torch.full((B,), N, device=device) if valid is None else valid.to(device)
         exists = torch.arange(N, device=device) < valid.unsqueeze(1)
@@ -519,9 +524,8 @@ class UniSpeechSatModel(PreTrainedModel):
         finite = (chunk.isfinite() | ~exists).all(dim=1)
         if not bool(finite.all()):
             chunk = chunk.masked_fill(~finite.unsqueeze(1), 0)
-            bad = torch.arange(B, device=device) if slots is None else slots
-            state.reset(bad[~finite])
-        encoded = self._advance(chunk.masked_fill(~exists, 0), exists, state, slots, valid)
+            state.reset(torch.arange(state.slots, device=device)[rows][~finite])
+        encoded = self._advance(chunk.masked_fill(~exists, 0), exists, state, rows, valid)
         encoded.reset = ~finite
         return encoded
 
@@ -530,22 +534,21 @@ class UniSpeechSatModel(PreTrainedModel):
         chunk: Tensor,
         exists: Tensor,
         state: EncoderState,
-        slots: Tensor | None,
+        rows: Rows,
         valid: Tensor,
     ) -> EncoderStep:
         """`step` once its input is known to be good: no branch on a tensor's value from here on."""
         window, device = state.window, chunk.device
-        total = rows_of(state.received, slots) + valid
+        total = state.received[rows] + valid
         if state.normalize:
-            chunk = normalize_step(chunk, exists, state, slots)
-        features = self.feature_extractor.step(chunk.to(self.dtype), state, total, slots)
+            chunk = normalize_step(chunk, exists, state, rows)
+        features = self.feature_extractor.step(chunk.to(self.dtype), state, total, rows)
         x, _ = self.feature_projection(features.transpose(1, 2))
 
-        steps = rows_of(state.steps, slots)
-        start = steps * window.chunk - window.right - self.config.frame_delay
-        hidden = self._step_layers(x, state, start, self.config.frames(total), slots)
-        put_rows(state.received, slots, total)
-        put_rows(state.steps, slots, steps + 1)
+        start = state.steps[rows] * window.chunk - window.right - self.config.frame_delay
+        hidden = self._step_layers(x, state, start, self.config.frames(total), rows)
+        state.received[rows] = total
+        state.steps[rows] += 1
         frame = start.unsqueeze(1) + torch.arange(window.chunk, device=device)
         return EncoderStep(
             last_hidden_state=self.encoder.finish(hidden[-1]),
@@ -556,7 +559,7 @@ class UniSpeechSatModel(PreTrainedModel):
         )
 
     def _step_layers(
-        self, x: Tensor, state: EncoderState, start: Tensor, frames: Tensor, slots: Tensor | None
+        self, x: Tensor, state: EncoderState, start: Tensor, frames: Tensor, rows: Rows
     ) -> list[Tensor]:
         """New projected frames → the C emitted ones, at every layer. x: [B, C, D] → L + 1 of it
 
@@ -568,8 +571,8 @@ class UniSpeechSatModel(PreTrainedModel):
         new = start.unsqueeze(1) + torch.arange(window.right, window.right + C, device=x.device)
         inside = (new >= 0) & (new < frames.unsqueeze(1))
         x = torch.where(inside.unsqueeze(2), x, torch.zeros_like(x))
-        known = torch.cat([rows_of(state.projected, slots), x], dim=1)  # [B, history + W, D]
-        put_rows(state.projected, slots, known[:, C:])
+        known = torch.cat([state.projected[rows], x], dim=1)  # [B, history + W, D]
+        state.projected[rows] = known[:, C:]
 
         computed = start.unsqueeze(1) + torch.arange(C + window.right, device=x.device)
         cached = ring_positions(start, L)
@@ -579,13 +582,18 @@ class UniSpeechSatModel(PreTrainedModel):
         hidden = [x[:, :C]]
         written = min(C, L)  # of a chunk longer than the ring its end stays
         entry = computed[:, C - written : C] % max(L, 1)
-        row = torch.arange(x.shape[0], device=x.device) if slots is None else slots
-        for layer, keys, values in zip(encoder.layers, state.keys, state.values, strict=True):
-            past = (rows_of(keys, slots), rows_of(values, slots))
-            x, _, key, value = layer(x, mask[:, None, None, :], None, past)
+        slot = torch.arange(state.slots, device=x.device)[rows].unsqueeze(1)
+        last = len(encoder.layers) - 1
+        for i, (layer, keys, values) in enumerate(
+            zip(encoder.layers, state.keys, state.values, strict=True)
+        ):
+            cache = (keys[rows], values[rows])
+            # nobody reads what the last layer makes of the look-ahead
+            x, _ = layer(x, mask[:, None, None, :], None, cache, C if i == last else None)
             if written:
-                keys[row.unsqueeze(1), entry] = key[:, C - written : C]
-                values[row.unsqueeze(1), entry] = value[:, C - written : C]
+                new = slice(L + C - written, L + C)
+                keys[slot, entry] = cache[0][:, new].clone()
+                values[slot, entry] = cache[1][:, new].clone()
             hidden.append(x[:, :C])
         return hidden
 

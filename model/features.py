@@ -9,7 +9,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from model.config import UniSpeechSatConfig
-from model.state import EncoderState, RunningMoments, Window, put_rows, rows_of
+from model.linear import Linear
+from model.state import EncoderState, Rows, RunningMoments, Window
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "gelu": F.gelu,
@@ -143,16 +144,16 @@ class FeatureEncoder(nn.Module):
             end = min(len(out) * per_chunk + per_chunk - offset, M)
             part = x[:, :, begin:end]
             exists = torch.ones(B, end - begin, dtype=torch.bool, device=x.device)
-            out.append(layer.normalized(part, moments.step(part.detach(), exists, limit, None)))
+            out.append(
+                layer.normalized(part, moments.step(part.detach(), exists, limit, slice(None)))
+            )
             begin = end
         return torch.cat(out, dim=2)
 
     def _group_limit(self, window: Window) -> int:
         return window.warm_up * self.config.inputs_to_logits_ratio // self.config.conv_stride[0]
 
-    def step(
-        self, wave: Tensor, state: EncoderState, total: Tensor, slots: Tensor | None
-    ) -> Tensor:
+    def step(self, wave: Tensor, state: EncoderState, total: Tensor, rows: Rows) -> Tensor:
         """A chunk of a stream → its frames. wave: [B, C·hop] → [B, channels, C]
 
         The frames are those of `forward`, ``frame_delay`` frames later: the first ones of a
@@ -162,31 +163,31 @@ class FeatureEncoder(nn.Module):
             wave: new samples.
             state: updated in place.
             total: [B] samples of the stream, this chunk included.
-            slots: [B] the slot of each row, or None.
+            rows: the slots of the B rows.
         """
         x = wave.unsqueeze(1)
         for index, (layer, carry) in enumerate(zip(self.conv_layers, state.conv, strict=True)):
             assert isinstance(layer, ConvLayer)
             kept = carry.shape[2]
-            x = torch.cat([rows_of(carry, slots), x], dim=2)
-            put_rows(carry, slots, x[:, :, x.shape[2] - kept :])
+            x = torch.cat([carry[rows], x], dim=2)
+            carry[rows] = x[:, :, x.shape[2] - kept :]
             if isinstance(layer.layer_norm, nn.GroupNorm):
                 x = layer.conv(x)
-                x = layer.normalized(x, self._group_step(x, kept, state, total, slots))
+                x = layer.normalized(x, self._group_step(x, kept, state, total, rows))
             else:
                 x = layer(x)
             assert index or x.shape[2] == wave.shape[1] // self.config.conv_stride[0]
         return x
 
     def _group_step(
-        self, x: Tensor, kept: int, state: EncoderState, total: Tensor, slots: Tensor | None
+        self, x: Tensor, kept: int, state: EncoderState, total: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
-        first = rows_of(state.steps, slots) * x.shape[2] - kept // stride
+        first = state.steps[rows] * x.shape[2] - kept // stride
         position = first.unsqueeze(1) + torch.arange(x.shape[2], device=x.device)
         outputs = (total - kernel) // stride + 1
         exists = (position >= 0) & (position < outputs.unsqueeze(1))
-        return state.group.step(x, exists, self._group_limit(state.window), slots)
+        return state.group.step(x, exists, self._group_limit(state.window), rows)
 
 
 class FeatureProjection(nn.Module):
@@ -195,7 +196,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.projection = Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = nn.Dropout(config.feat_proj_dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,16 +205,14 @@ class FeatureProjection(nn.Module):
         return self.dropout(self.projection(normed)), normed
 
 
-def normalize_step(
-    wave: Tensor, exists: Tensor, state: EncoderState, slots: Tensor | None
-) -> Tensor:
+def normalize_step(wave: Tensor, exists: Tensor, state: EncoderState, rows: Rows) -> Tensor:
     """Zero mean and unit variance by the stream's running moments. wave: [B, N] → [B, N]
 
     An approximation of ``do_normalize``, which knows the whole utterance: moments grow until
     ``window.warm_up`` frames were heard, then freeze, so that a level once learnt stays.
     """
     hop = wave.shape[1] // state.window.chunk
-    mean, variance = state.wave.step(wave.unsqueeze(1), exists, state.window.warm_up * hop, slots)
+    mean, variance = state.wave.step(wave.unsqueeze(1), exists, state.window.warm_up * hop, rows)
     normed = (wave - mean) * torch.rsqrt(variance + WAVE_VARIANCE_FLOOR)
     return torch.where(exists, normed.to(wave.dtype), torch.zeros_like(wave))
 
@@ -225,6 +224,6 @@ def normalize_running(wave: Tensor, window: Window, hop: int) -> Tensor:
     out: list[Tensor] = []
     for part in wave.split(window.chunk * hop, dim=1):
         exists = torch.ones_like(part, dtype=torch.bool)
-        mean, variance = moments.step(part.unsqueeze(1), exists, window.warm_up * hop, None)
+        mean, variance = moments.step(part.unsqueeze(1), exists, window.warm_up * hop, slice(None))
         out.append((part - mean) * torch.rsqrt(variance + WAVE_VARIANCE_FLOOR))
     return torch.cat(out, dim=1) if out else wave.new_zeros(B, N)

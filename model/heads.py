@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from model.config import UniSpeechSatConfig
 from model.encoder import Output, PreTrainedModel, UniSpeechSatModel
-from model.state import Slots, Window, put_rows, rows_of
+from model.linear import Linear
+from model.state import Slots, Window, rows_for
 
 
 @dataclass
@@ -141,7 +142,7 @@ class UniSpeechSatForCTC(HeadModel):
             )
         self.target_lang = target_lang
         self.dropout = nn.Dropout(config.final_dropout)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._init_head(self.lm_head)
 
     def of(self, encoded: Encoded) -> Tensor:
@@ -228,7 +229,7 @@ class UniSpeechSatForSequenceClassification(HeadModel):
         super().__init__(config)
         _refuse_adapter(config, "sequence classification")
         self._weigh_layers()
-        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
+        self.projector = Linear(config.hidden_size, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self._init_head(self.projector, self.classifier)
 
@@ -404,9 +405,10 @@ class VoiceMoments(Slots):
     def step(self, voice: Tensor, weight: Tensor, slots: Tensor | None = None) -> None:
         """Add frames. voice: [B, T, C]; weight: [B, T, K], 0 for a frame that does not exist."""
         voice, weight = voice.double(), weight.double().transpose(1, 2)
-        put_rows(self.mass, slots, rows_of(self.mass, slots) + weight.sum(dim=2))
-        put_rows(self.first, slots, rows_of(self.first, slots) + weight @ voice)
-        put_rows(self.second, slots, rows_of(self.second, slots) + weight @ voice.square())
+        rows = rows_for(slots, len(voice), self.slots)
+        self.mass[rows] += weight.sum(dim=2)
+        self.first[rows] += weight @ voice
+        self.second[rows] += weight @ voice.square()
 
 
 class UniSpeechSatForXVector(HeadModel):
@@ -418,7 +420,7 @@ class UniSpeechSatForXVector(HeadModel):
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__(config)
         self._weigh_layers()
-        self.projector = nn.Linear(config.hidden_size, config.tdnn_dim[0])
+        self.projector = Linear(config.hidden_size, config.tdnn_dim[0])
         self.tdnn = nn.ModuleList(TDNNLayer(config, i) for i in range(len(config.tdnn_dim)))
         self.feature_extractor = nn.Linear(config.tdnn_dim[-1] * 2, config.xvector_output_dim)
         self.classifier = nn.Linear(config.xvector_output_dim, config.xvector_output_dim)
@@ -451,6 +453,7 @@ class UniSpeechSatForXVector(HeadModel):
             ]
         )
 
+    @torch.no_grad()
     def step(self, encoded: Encoded, state: TdnnState, slots: Tensor | None = None) -> Tensor:
         """Encoder frames of one step → TDNN outputs [B, C, channels], one a frame.
 
@@ -458,9 +461,10 @@ class UniSpeechSatForXVector(HeadModel):
         do not all exist.
         """
         x = self.projector(self.mixed(encoded))
+        rows = rows_for(slots, len(x), state.slots)
         for layer, past in zip(self.tdnn, state.past, strict=True):
-            x = torch.cat([rows_of(past, slots), x], dim=1)
-            put_rows(past, slots, x[:, x.shape[1] - past.shape[1] :])
+            x = torch.cat([past[rows], x], dim=1)
+            past[rows] = x[:, x.shape[1] - past.shape[1] :]
             x = layer(x)
         return x
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from model.config import UniSpeechSatConfig
 from model.features import activation
+from model.linear import version
 
 
 class PositionalConvEmbedding(nn.Module):
@@ -34,7 +35,7 @@ class PositionalConvEmbedding(nn.Module):
         """Frames before a frame that its embedding sees."""
         self.future = kernel - 1 - kernel // 2
         """Frames after it; one fewer than `history` when the kernel is even."""
-        self._weight: tuple[tuple[int, ...], Tensor] | None = None
+        self._weight: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     def init_weights(self) -> None:
         """Published initialisation."""
@@ -66,12 +67,7 @@ class PositionalConvEmbedding(nn.Module):
         """
         if torch.is_grad_enabled():
             return self.conv.weight
-        key = tuple(_version(parameter) for parameter in self.conv.parameters())
+        key = tuple(version(parameter) for parameter in self.conv.parameters())
         if self._weight is None or self._weight[0] != key:
             self._weight = (key, self.conv.weight.detach().clone())
         return self._weight[1]
-
-
-def _version(parameter: Tensor) -> int:
-    """A number that changes when the parameter does; inference tensors never do."""
-    return parameter.data_ptr() if parameter.is_inference() else parameter._version

@@ -112,8 +112,14 @@ def _named(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
             yield from _named(f"{name}.{i}", item)
 
 
-def check_slots(slots: Tensor | None, rows: int, capacity: int) -> None:
-    """Refuse rows without a slot of their own: a wrong cache is worse than an error.
+Rows = slice | Tensor
+"""The slots of a step's rows: a slice reads them in place, an index tensor [B] copies them."""
+
+
+def rows_for(slots: Tensor | None, rows: int, capacity: int) -> Rows:
+    """Which slots ``rows`` rows belong to; refuses a row without a slot of its own.
+
+    A wrong cache is worse than an error. Slots that follow one another become a slice.
 
     Raises:
         ValueError: an index out of range, twice the same slot, or not one slot a row.
@@ -121,30 +127,20 @@ def check_slots(slots: Tensor | None, rows: int, capacity: int) -> None:
     if slots is None:
         if rows != capacity:
             raise ValueError(f"expected {capacity} rows, one a slot, got {rows}")
-        return
+        return slice(None)
     if slots.shape != (rows,):
         raise ValueError(f"slots: expected [{rows}], one a row, got {tuple(slots.shape)}")
     if slots.device.type != "cpu":
-        return  # reading them back would stall the device; whoever moved them there checked them
+        return slots  # reading them would stall the device; whoever moved them there checked them
     wanted: list[int] = slots.tolist()
     for slot in wanted:
         if not 0 <= slot < capacity:
             raise ValueError(f"slots: expected 0…{capacity - 1}, got {slot}")
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"slots: expected each once, got {wanted}")
-
-
-def rows_of(tensor: Tensor, slots: Tensor | None) -> Tensor:
-    """The rows of a step: the tensor itself, or a gathered copy. [S, …] → [B, …]"""
-    return tensor if slots is None else tensor.index_select(0, slots)
-
-
-def put_rows(tensor: Tensor, slots: Tensor | None, rows: Tensor) -> None:
-    """Write back what `rows_of` read. tensor: [S, …], rows: [B, …]"""
-    if slots is None:
-        tensor.copy_(rows)
-    else:
-        tensor.index_copy_(0, slots, rows.to(tensor.dtype))
+    if wanted == list(range(wanted[0], wanted[0] + rows)):
+        return slice(wanted[0], wanted[0] + rows)
+    return slots
 
 
 @dataclass
@@ -169,21 +165,19 @@ class RunningMoments(Slots):
             torch.zeros(slots, channels, device=device),
         )
 
-    def step(
-        self, x: Tensor, exists: Tensor, limit: int, slots: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, exists: Tensor, limit: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """Merge a chunk and give the moments to normalise it with. x: [B, K, N] → [B, K] twice.
 
         Args:
             x: the chunk.
             exists: [B, N] bool, False for positions before or after the stream.
             limit: a row that has counted this many positions is frozen.
-            slots: [B] the slot of each row, or None for all in order.
+            rows: the slots of the B rows.
 
         Returns:
             mean and (biased) variance; variance 1 where nothing has been counted.
         """
-        count, mean, m2 = (rows_of(t, slots) for t in (self.count, self.mean, self.m2))
+        count, mean, m2 = self.count[rows], self.mean[rows], self.m2[rows]
         weight = exists.unsqueeze(1).to(torch.float32)
         n = exists.sum(1, keepdim=True)
         x = x.to(torch.float32)
@@ -196,9 +190,7 @@ class RunningMoments(Slots):
         mean = torch.where(merge, mean + delta * share, mean)
         m2 = torch.where(merge, m2 + new_m2 + delta.square() * count * share, m2)
         count = torch.where(merge, total, count)
-        put_rows(self.count, slots, count)
-        put_rows(self.mean, slots, mean)
-        put_rows(self.m2, slots, m2)
+        self.count[rows], self.mean[rows], self.m2[rows] = count, mean, m2
         variance = torch.where(count > 0, m2 / count.clamp(min=1), torch.ones_like(m2))
         return mean, variance
 
@@ -213,7 +205,8 @@ class EncoderState(Slots):
     conv:      a layer's last unread input samples, [S, channels, carry] each
     group:     running moments of the first convolution (GroupNorm checkpoints)
     projected: [S, history + right, D] projected frames before the next chunk
-    keys, values: [S, left, heads, head_dim] a layer, frame p at ring entry p mod left
+    keys, values: [S, left + chunk + right, heads, head_dim] a layer: a ring with frame p at entry
+                  p mod left, then room for the frames of the step under way
     """
 
     received: Tensor

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,7 +31,12 @@ windows = st.builds(
     warm_up=st.integers(1, 60),
 )
 kinds = st.sampled_from(sorted(KINDS))
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink a failure takes minutes
+)
 MODELS: dict[str, UniSpeechSatModel] = {}
 
 
@@ -152,7 +157,7 @@ def test_a_slot_of_another_model_or_no_slot_at_all_is_refused() -> None:
     model = model_of("large")
     state = model.zeros(2, Window(4, 8, 2))
     other = model.zeros(2, Window(4, 9, 2))
-    with pytest.raises(ValueError, match=r"keys\.0: expected \(8, 4, 8\).*got \(9, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"keys\.0: expected \(14, 4, 8\).*got \(15, 4, 8\)"):
         state.load(0, other.save(0))
     with pytest.raises(ValueError, match="expected the bytes of a saved slot"):
         state.load(0, b"nothing of the kind")
