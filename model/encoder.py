@@ -154,6 +154,8 @@ class PreTrainedModel(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Published initialisation (``UniSpeechSatPreTrainedModel._init_weights``)."""
+        if self.device.type == "meta":  # to be loaded: there is nothing to fill
+            return
         for module in self.modules():
             self._init_module(module)
 
@@ -175,6 +177,8 @@ class PreTrainedModel(nn.Module):
                 self._init_linear(linear)
 
     def _init_linear(self, linear: nn.Linear) -> None:
+        if linear.weight.is_meta:
+            return
         nn.init.normal_(linear.weight, std=self.config.initializer_range)
         nn.init.zeros_(linear.bias)
 

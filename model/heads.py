@@ -427,7 +427,6 @@ class UniSpeechSatForXVector(HeadModel):
         self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels)
         self._init_head(self.projector, self.feature_extractor, self.classifier)
         self._init_head(*(layer.kernel for layer in self._tdnn()))
-        nn.init.normal_(self.objective.weight)
 
     def _tdnn(self) -> list[TDNNLayer]:
         return [layer for layer in self.tdnn if isinstance(layer, TDNNLayer)]

@@ -27,9 +27,11 @@ class PositionalConvEmbedding(nn.Module):
             config.hidden_size,
             kernel,
             groups=config.num_conv_pos_embedding_groups,
+            device="cpu",  # on meta, weight_norm imports half of torch: two seconds of start-up
         )
         # weight_norm gives the layer a class made at run time; its type stays Conv1d
         self.conv: nn.Conv1d = cast("nn.Conv1d", parametrizations.weight_norm(conv, dim=2))
+        self.conv.to(torch.get_default_device())
         self.activation = activation(config.feat_extract_activation)
         self.history = kernel // 2
         """Frames before a frame that its embedding sees."""

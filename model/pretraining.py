@@ -68,7 +68,7 @@ class UniSpeechSatGumbelVectorQuantizer(nn.Module):
         self.weight_proj = nn.Linear(config.hidden_size, self.num_groups * self.num_vars)
         self.temperature = 2.0
         """Of the Gumbel softmax; training anneals it (2 → 0.5 in the paper's recipe)."""
-        nn.init.normal_(self.weight_proj.weight)
+        self.weight_proj.weight.data = torch.randn_like(self.weight_proj.weight)
         nn.init.zeros_(self.weight_proj.bias)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
