@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.state import Window
 from recipes.corpus import EMBEDDING_CHANNELS, HOP, Corpus
-from recipes.objectives import VoiceTargets, ctc_loss, pit_loss, presence_loss
+from recipes.objectives import VoiceTargets, ctc_loss, hint_loss, pit_loss, presence_loss
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from recipes.student import Outputs, Shape, Student
@@ -35,7 +35,8 @@ class Weights(Settings):
     dense: float = 4.0
     cosine: float = 1.0
     nce: float = 0.1
-    activity: float = 2.0
+    activity: float = 3.0
+    hint: float = 3.0
     presence: float = 0.5
     ctc: float = 0.3
     mel: float = 0.5
@@ -212,6 +213,7 @@ class Run:
         activity = out.activity.float()
         losses = {
             "activity": pit_loss(activity, batch.activity),
+            "hint": hint_loss(activity, batch.activity, targets.order(batch.utterances)),
             "presence": presence_loss(activity, batch.activity),
             "ctc": ctc_loss(out.characters, batch.texts),
         }

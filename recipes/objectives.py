@@ -25,6 +25,16 @@ def pit_loss(logits: Tensor, target: Tensor) -> Tensor:
     return losses.min(1).values.mean()
 
 
+def hint_loss(logits: Tensor, target: Tensor, order: Tensor) -> Tensor:
+    """Binary cross-entropy of one given assignment.  [B, T, S] twice, order: [B, S] → [].
+
+    ``order[b, s]`` is the speaker whom output s should follow.
+    """
+    B, T, S = logits.shape
+    assigned = target.gather(2, order[:, None].expand(B, T, S))
+    return F.binary_cross_entropy_with_logits(logits, assigned.to(logits.dtype))
+
+
 def presence_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of "somebody speaks", which no permutation touches.  [B, T, S] twice → [].
 
@@ -46,6 +56,7 @@ class VoiceTargets:
         centre: [192] mean embedding, one vote a speaker.
         bank: [S, 192] unit centroids of the known speakers.
         names: speaker → row of the bank.
+        axis: [192] along which the speakers differ most (about the sex of the voice).
     """
 
     def __init__(
@@ -68,6 +79,30 @@ class VoiceTargets:
         self.centre = means.mean(0)
         self.bank = F.normalize(means - self.centre, dim=1)
         self.embeddings = F.normalize(embeddings - self.centre, dim=1)
+        _, axes = torch.linalg.eigh(self.bank.T @ self.bank)
+        self.axis = axes[:, -1] * axes[:, -1].sum().sign()  # eigh leaves the sign open
+
+    def order(self, utterances: Tensor) -> Tensor:
+        """Which output each speaker of a scene is nudged to.  [B, 3], −1 for none → [B, 3].
+
+        Permutation-invariant training starts on a plateau where one output carries all speech.
+        Along the main axis of the voices the answer needs no comparison within the scene: output
+        0 takes the lowest speaker, 1 the highest, 2 one in between; a single speaker goes by sign.
+        """
+        place = torch.where(utterances >= 0, self.embeddings[utterances] @ self.axis, torch.inf)
+        place, low_to_high = place.sort(1)
+        a, b, c = low_to_high.unbind(1)
+        known = (utterances >= 0).sum(1)
+        swap = (known == 1) & (place[:, 0] > 0)
+        three = known == 3
+        return torch.stack(
+            [
+                torch.where(swap, b, a),
+                torch.where(swap, a, torch.where(three, c, b)),
+                torch.where(three, b, c),
+            ],
+            1,
+        )
 
     def dense_loss(self, voice: Tensor, target: Tensor, where: Tensor) -> Tensor:
         """Mean squared error a channel.  [B, T, 512] twice, where: [B, T] bool → []."""

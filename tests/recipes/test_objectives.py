@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from recipes.gabor import PHASES, gabor_filters, mel_centres
-from recipes.objectives import VoiceTargets, ctc_loss, encode, pit_loss, presence_loss
+from recipes.objectives import VoiceTargets, ctc_loss, encode, hint_loss, pit_loss, presence_loss
 from recipes.student import VOCABULARY
 from recipes.teachers import equal_error_rate, filterbank, mel_filters
 
@@ -29,6 +29,15 @@ def test_pit_does_not_mind_the_order_of_speakers():
     assert pit_loss(logits, target) == pytest.approx(
         float(pit_loss(logits, target[..., [2, 0, 1]]))
     )
+
+
+def test_hint_is_the_cross_entropy_of_the_given_assignment():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 20, 3), torch.rand(2, 20, 3) > 0.6
+    order = torch.tensor([[2, 0, 1], [0, 1, 2]])
+    assigned = torch.stack([target[0][:, [2, 0, 1]], target[1]]).float()
+    expected = F.binary_cross_entropy_with_logits(logits, assigned)
+    assert hint_loss(logits, target, order) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_presence_is_the_cross_entropy_of_anybody_speaking():
@@ -86,6 +95,19 @@ def test_the_right_embedding_costs_nothing_and_strangers_are_no_negatives(target
     assert nce < 0.1
     _, none = targets.embedding_losses(right[1:], torch.tensor([5]), torch.tensor([-1]))
     assert none == 0
+
+
+def test_speakers_are_ordered_along_the_main_axis(targets):
+    place = targets.embeddings @ targets.axis
+    low, middle, high = place[:3].argsort().tolist()
+    scene = torch.tensor([[middle, high, low], [high, low, -1], [low, -1, -1], [high, -1, -1]])
+    order = targets.order(scene)
+    assert order[0].tolist() == [2, 1, 0]
+    assert order[1].tolist() == [1, 0, 2]
+    # alone, a speaker goes to output 0 below zero and to output 1 above
+    for row, which in ((2, low), (3, high)):
+        assert order[row, int(place[which] > 0)] == 0
+    assert (order.sort(1).values == torch.arange(3)).all()
 
 
 def test_text_becomes_characters_with_delimiters():
