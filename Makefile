@@ -4,7 +4,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST ?=                       # more arguments for pytest: make test PYTEST="-k turns"
-BENCH  ?= $(wildcard benchmarks/*.py)
+BENCH  ?= encoder               # modules of benchmarks/
 
 # package:what shows that it is there:what is off without it
 SYSTEM := \
@@ -55,7 +55,7 @@ schema: $(VENV)/.dev
 	$(BIN)/python -m sinks.schema
 
 bench: $(VENV)/.dev
-	@set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation

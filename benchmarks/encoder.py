@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=float, default=0.5, help="seconds")
     parser.add_argument("--lookahead", type=float, default=0.24, help="seconds")
     parser.add_argument("--left", type=float, default=10.0, help="seconds")
+    parser.add_argument("--streams", type=int, default=4, help="of the batched way")
     parser.add_argument("--hour", action="store_true", help="stream a whole hour, chunk by chunk")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
@@ -80,12 +81,17 @@ def main() -> None:
         chunk=round(args.chunk * 50), left=round(args.left * 50), right=round(args.lookahead * 50)
     )
     size = window.chunk * config.inputs_to_logits_ratio
-    state = ours.zeros(1, window)
+    state, many = ours.zeros(1, window), ours.zeros(args.streams, window)
     utterance, five = torch.randn(1, 20 * RATE), torch.randn(1, 5 * RATE)
     computed = window.chunk + window.right
     T, W = config.frames(20 * RATE), config.frames(5 * RATE)
-    streamed = Way("ours, streaming", flops(config, computed, computed + window.left, window.chunk))
-    streamed.flops /= args.chunk
+    streamed, batched = (
+        Way(
+            f"ours, streaming, {streams} stream{'s a batch' if streams > 1 else ''}",
+            flops(config, computed, computed + window.left, window.chunk) / args.chunk,
+        )
+        for streams in (1, args.streams)
+    )
     offline = Way("ours, offline 20 s", flops(config, T, T, T) / 20)
     published = Way("transformers, offline 20 s", offline.flops)
     sliding = Way("transformers, 5 s window every 0.5 s", flops(config, W, W, W) / 0.5)
@@ -93,15 +99,21 @@ def main() -> None:
     def step() -> None:
         ours.step(torch.randn(1, size), state)
 
+    def step_many() -> None:
+        ours.step(torch.randn(args.streams, size), many)
+
     minutes: list[float] = []
     with torch.inference_mode():
         for _ in range(round(args.left / args.chunk) + 2):  # fill the cache
             step()
+            step_many()
         for model, audio in ((ours, utterance), (theirs, utterance), (theirs, five)):
             model(audio)
         for _ in range(args.rounds):
             steps = [seconds(step) for _ in range(20)]
             streamed.costs.append(statistics.median(steps) / args.chunk)
+            steps = [seconds(step_many) for _ in range(5)]
+            batched.costs.append(statistics.median(steps) / args.chunk / args.streams)
             offline.costs.append(seconds(lambda: ours(utterance)) / 20)
             published.costs.append(seconds(lambda: theirs(utterance)) / 20)
             windows = [seconds(lambda: theirs(five)) for _ in range(3)]
@@ -120,9 +132,8 @@ def main() -> None:
         f"chunk {window.chunk * 20} ms, look-ahead {window.right * 20} ms, "
         f"left context {window.left * 20} ms\n"
     )
-    ways = [streamed, offline, published, sliding]
-    header = f"{'':38}{'s / audio s':>12}{'p99':>8}{'GFLOP/s':>9}{'× floor':>9}{'vs streaming':>14}"
-    print(header)
+    ways = [streamed, batched, offline, published, sliding]
+    print(f"{'':38}{'s / audio s':>12}{'p99':>8}{'GFLOP/s':>9}{'× floor':>9}{'vs streaming':>14}")
     for way in ways:
         ratio = way.median / streamed.median
         rate = way.flops / way.median
@@ -130,7 +141,9 @@ def main() -> None:
             f"{way.name:38}{way.median:12.3f}{quantile(way.costs, 0.99):8.3f}{rate / 1e9:9.0f}"
             f"{peak / rate:9.2f}{ratio:13.2f}×"
         )
-    print(f"\nstreaming is {sliding.median / streamed.median:.1f}× cheaper than the sliding window")
+    print()
+    for way in (streamed, batched):
+        print(f"{way.name}: {sliding.median / way.median:.1f}× cheaper than the sliding window")
     print(f"offline takes {offline.median / published.median:.2f} of transformers' time")
     result = {way.name: {"median": way.median, "flops": way.flops} for way in ways}
     if minutes:
