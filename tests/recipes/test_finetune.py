@@ -56,7 +56,7 @@ def settings(data, tmp_path_factory):
 def test_losses_fall(settings):
     run = Run(settings)
     steps = [run.advance() for _ in range(30)]
-    for name in ("u.ctc", "u.dense", "u.activity", "c.dense", "c.activity"):
+    for name in ("u.ctc", "u.mel", "u.activity", "c.mel", "c.activity"):
         first = sum(step[name] for step in steps[:5])
         last = sum(step[name] for step in steps[-5:])
         assert last < 0.8 * first, (name, first, last)
