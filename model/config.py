@@ -237,11 +237,11 @@ class UniSpeechSatConfig:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, **overrides: Any) -> Self:
-        """Read the config of a local folder or of a hub repository."""
-        from model.checkpoint import resolve
+    def from_pretrained(cls, path_or_id: str | Path, **overrides: Any) -> "UniSpeechSatConfig":
+        """Read the config of a local folder, a hub repository, or the authors' ``.pt``."""
+        from model.checkpoint import read_config
 
-        return cls.from_json_file(resolve(path_or_id) / "config.json", **overrides)
+        return read_config(path_or_id, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into ``folder``, which is made if it is absent."""

@@ -104,7 +104,7 @@ class PreTrainedModel(nn.Module):
         path_or_id: str | Path,
         *,
         attn_implementation: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         **config_overrides: Any,
     ) -> Self:
@@ -120,11 +120,13 @@ class PreTrainedModel(nn.Module):
             config_overrides["attn_implementation"] = attn_implementation
         return load_model(cls, path_or_id, dtype=dtype, device=device, **config_overrides)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int | str | None = None
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``, in shards if it is larger."""
         from model.checkpoint import save_model
 
-        save_model(self, folder)
+        save_model(self, folder, max_shard_size=max_shard_size)
 
     @property
     def encoder_model(self) -> "UniSpeechSatModel":
