@@ -166,6 +166,20 @@ class Clusters:
         self._note(past)
         return decision
 
+    def nearest(
+        self, number: int, vector: Vector, beside: dict[int, int], *, besides: int
+    ) -> float | None:
+        """Score of the nearest known speaker but one, whom this turn may have; None if nobody."""
+        rivals = self.rivals(number, beside) | {besides}
+        scores = [
+            score
+            for label, speaker in self.state.speakers.items()
+            if label not in rivals
+            and speaker.evidence >= self._sure
+            and (score := self._score(vector, label)) >= self.settings.same_threshold
+        ]
+        return max(scores, default=None)
+
     def review(self) -> list[Revision]:
         """Looks at the past again; applies and returns what changed, merges first."""
         revisions = self._merge_alike()

@@ -40,6 +40,11 @@ class TurnsSettings(Settings):
         default=0.1,
         description="Cosine of the two below which a turn is cut there; null never cuts.",
     )
+    change_margin: float | None = Field(
+        default=0.3,
+        ge=0,
+        description="A turn is also cut where another known speaker is nearer by this much.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -211,7 +211,7 @@ class Turns:
         self._max_turn = hops(turns.max_turn_ms) * HOP
         self._update = hops(turns.update_ms) * HOP
         self._block = max(1, hops(turns.change_window_ms) // BLOCKS)
-        self._change = turns.change_threshold
+        self._change, self._margin = turns.change_threshold, turns.change_margin
         self._bonus, self._malus = speakers.channel_bonus, speakers.channel_malus
         self._memory = hops(speakers.channel_memory_ms) * HOP
 
@@ -568,7 +568,9 @@ class Turns:
     def _compare(self, index: int, channel: Channel, run: Run, now: int) -> list[Event]:
         """Cuts a turn where its voice became another's without a pause."""
         enough = self._block * BLOCKS / 2
-        if self._change is None or self._embed is None or run.past.mass < enough:
+        if self._embed is None or run.past.mass < enough:
+            return []
+        if self._change is None and self._margin is None:
             return []
         recent = Moments()
         for block in run.recent:
@@ -576,8 +578,16 @@ class Turns:
         if recent.mass < enough:
             return []
         before, after = self._vector(run.past), self._vector(recent)
-        if before is None or after is None or float(before @ after) >= self._change:
+        if before is None or after is None:
             return []
+        own = float(before @ after)
+        unlike = self._change is not None and own < self._change
+        if not unlike:
+            if self._margin is None:
+                return []
+            other = self.clusters.nearest(run.number, after, run.beside, besides=run.label)
+            if other is None or other - own < self._margin:
+                return []
         cut = now - self._block * BLOCKS * HOP
         self.state.number += 1
         rest = Run(self.state.number, start=cut, last=max(run.last, cut), recent=run.recent)

@@ -7,7 +7,17 @@ from stream.clock import HOP
 from stream.tracks.frames import Frames
 from stream.tracks.settings import TracksSettings
 from stream.tracks.turns import Turns
-from tests.stream.tracks.scenes import Stamper, Talk, embed, finals, revised, scene, split, turns
+from tests.stream.tracks.scenes import (
+    Stamper,
+    Talk,
+    embed,
+    finals,
+    revised,
+    scene,
+    split,
+    turns,
+    voices,
+)
 
 SETTINGS = TracksSettings()
 
@@ -153,6 +163,20 @@ def test_a_voice_that_changes_without_a_pause_cuts_the_turn():
     assert abs(found[0][2] - 260) <= 25
     assert found[0][2] == found[1][1]
     assert found[1][2] == 460
+
+
+def test_a_turn_is_cut_where_another_known_speaker_goes_on():
+    """Voices too alike for the change alone to be seen, but both are known."""
+    people = voices(8)
+    people[1] = 0.6 * people[0] + 0.8 * people[1]
+    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.9}})
+    talks = [Talk(0, 10, 150, 0), Talk(1, 200, 350, 1), Talk(0, 400, 600), Talk(1, 600, 800)]
+    frames = scene(talks, 900, people=people)
+    found = turns(run(frames, config))
+    assert [label for label, _, _ in found] == ["S1", "S2", "S1", "S2"]
+    assert abs(found[2][2] - 600) <= 25
+    blind = config.over({"turns": {"change_margin": None}})
+    assert len(turns(run(frames, blind))) == 3
 
 
 def test_a_running_turn_is_updated_when_its_speaker_is_known():
