@@ -27,12 +27,12 @@ $(BIN)/python:
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing livesat and its dependencies into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" -c constraints.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[all]" -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing livesat and the developer tools into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@ $(VENV)/.runtime
 
 setup: $(VENV)/.dev
