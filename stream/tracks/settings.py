@@ -23,8 +23,23 @@ class Settings(BaseModel):
 class TurnsSettings(Settings):
     """Frame activity → turns of one local speaker."""
 
-    onset: float = Field(default=0.5, gt=0, lt=1, description="Probability at which a turn begins.")
-    offset: float = Field(default=0.4, gt=0, lt=1, description="Probability below which it ends.")
+    onset: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Speech begins when the channels' probabilities add up to this.",
+    )
+    offset: float = Field(default=0.4, gt=0, lt=1, description="It ends when below this.")
+    overlap_onset: float = Field(
+        default=0.5, gt=0, lt=1, description="Probability at which a further channel joins in."
+    )
+    overlap_offset: float = Field(default=0.4, gt=0, lt=1, description="It ends when below this.")
+    hold: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Lead in probability by which a channel takes over from one that talks.",
+    )
     min_on_ms: int = Field(default=200, ge=20, description="A shorter turn never was.")
     min_off_ms: int = Field(default=300, ge=20, description="A shorter pause does not end a turn.")
     max_turn_ms: int = Field(
@@ -48,10 +63,12 @@ class TurnsSettings(Settings):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.offset > self.onset:
-            raise ValueError(
-                f"expected offset ≤ onset, got offset {self.offset}, onset {self.onset}"
-            )
+        for name, offset, onset in (
+            ("offset", self.offset, self.onset),
+            ("overlap_offset", self.overlap_offset, self.overlap_onset),
+        ):
+            if offset > onset:
+                raise ValueError(f"expected {name} ≤ its onset, got {offset} > {onset}")
         return self
 
 

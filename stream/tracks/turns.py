@@ -205,7 +205,9 @@ class Turns:
         self._embed = embed
         self._stamp = stamp
         turns, speakers = settings.turns, settings.speakers
-        self._onset, self._offset = turns.onset, turns.offset
+        self._speech = (turns.onset, turns.offset)
+        self._overlap = (turns.overlap_onset, turns.overlap_offset)
+        self._hold = turns.hold
         self._min_on = hops(turns.min_on_ms) * HOP
         self._min_off = hops(turns.min_off_ms) * HOP
         self._max_turn = hops(turns.max_turn_ms) * HOP
@@ -309,10 +311,14 @@ class Turns:
         state = self.state
         now, then = state.cursor, state.cursor + HOP
         state.cursor = then
-        self._weigh(probabilities)
         active = list[Run]()
-        for channel, probability in zip(state.channels, probabilities, strict=True):
-            channel.on = probability >= (self._offset if channel.on else self._onset)
+        first = self._first(probabilities)
+        for index, channel in enumerate(state.channels):
+            if index == first:
+                probability, thresholds = sum(probabilities), self._speech
+            else:
+                probability, thresholds = probabilities[index], self._overlap
+            channel.on = probability >= thresholds[channel.on]
             if channel.on:
                 if channel.run is None:
                     state.number += 1
@@ -320,6 +326,7 @@ class Turns:
                     channel.run = Run(state.number, start=now, last=then, heir=heir)
                 channel.run.last = then
                 active.append(channel.run)
+        self._weigh(probabilities, first)
         if len(active) > 1:
             for run in active:
                 for other in active:
@@ -330,6 +337,18 @@ class Turns:
             if channel.run is not None:
                 events.extend(self._advance(index, channel, channel.run))
         return events
+
+    def _first(self, probabilities: list[float]) -> int:
+        """The channel that talks if anybody does; who talks already keeps that for a while.
+
+        Its thresholds are on the sum: where the head knows that somebody talks but not on which
+        channel, each has half.
+        """
+        held = [
+            probability + self._hold * channel.on
+            for probability, channel in zip(probabilities, self.state.channels, strict=True)
+        ]
+        return held.index(max(held))
 
     def _advance(self, index: int, channel: Channel, run: Run) -> list[Event]:
         """What the passing of a frame means for a run."""
@@ -524,8 +543,12 @@ class Turns:
             )
         return events
 
-    def _weigh(self, probabilities: list[float]) -> None:
-        """Keeps each channel's clean-speech weight: it talks, and nobody else."""
+    def _weigh(self, probabilities: list[float], first: int) -> None:
+        """Keeps each channel's clean-speech weight: it talks, and nobody else.
+
+        The sum of probabilities says how many talk: up to one it is clean, from two on nothing is.
+        """
+        total = sum(probabilities)
         weights = list[float]()
         for index, own in enumerate(probabilities):
             weight = own
@@ -533,6 +556,7 @@ class Turns:
                 if other != index:
                     weight *= 1.0 - probability
             weights.append(weight)
+        weights[first] = max(0.0, min(total, 2.0 - total))
         self.state.weights.append(weights)
         del self.state.weights[:-HISTORY]
 

@@ -124,7 +124,7 @@ def test_settings_name_file_and_key(tmp_path):
     with pytest.raises(ValueError, match=r"tracks.json: turns.onsett: Extra inputs"):
         TracksSettings.load(file)
     file.write_text('{"turns": {"onset": 0.3, "offset": 0.5}}')
-    with pytest.raises(ValueError, match=r"turns: .*offset ≤ onset, got offset 0.5, onset 0.3"):
+    with pytest.raises(ValueError, match=r"turns: .*offset ≤ its onset, got 0.5 > 0.3"):
         TracksSettings.load(file)
     file.write_text("[1]")
     with pytest.raises(ValueError, match=r"tracks.json: all of it: "):

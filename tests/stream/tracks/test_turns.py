@@ -62,6 +62,30 @@ def test_turns_are_exact_to_the_frame(pieces):
     assert opened == [a for _, a, _ in expected]
 
 
+def test_doubt_about_the_channel_is_no_doubt_about_speech():
+    """Half here and half there is one speaker, on the channel that talked before."""
+    activity = np.full((200, 3), 0.01, np.float32)
+    activity[20:120, 1] = 0.9
+    activity[60:100] = [0.45, 0.4, 0.01]
+    assert turns(run(quiet(activity), embed=None)) == [("S2", 20, 120)]
+
+
+def test_a_channel_takes_over_with_a_lead():
+    activity = np.full((200, 2), 0.01, np.float32)
+    activity[20:60] = [0.9, 0.1]
+    activity[60:100] = [0.3, 0.45]  # not enough of a lead
+    activity[100:150] = [0.2, 0.45]
+    assert turns(run(quiet(activity), embed=None)) == [("S1", 20, 100), ("S2", 100, 150)]
+
+
+def test_overlap_has_its_own_thresholds():
+    config = SETTINGS.over({"turns": {"overlap_onset": 0.7, "overlap_offset": 0.6}})
+    activity = np.full((200, 2), 0.01, np.float32)
+    activity[20:150, 0] = 0.9
+    activity[60:100, 1] = [0.65] * 10 + [0.75] * 10 + [0.65] * 10 + [0.55] * 10
+    assert turns(run(quiet(activity), config, embed=None)) == [("S1", 20, 150), ("S2", 70, 90)]
+
+
 def test_speech_starts_and_ends_around_turns_that_overlap():
     frames = scene([Talk(0, 10, 80, 0), Talk(1, 60, 120, 1)], 200)
     events = run(frames)
