@@ -1,0 +1,6 @@
+"""One question a file; `make bench` runs them."""
+
+import os
+
+# As the command does, and for the same reason: threads that spin between steps lose their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
