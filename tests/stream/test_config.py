@@ -107,7 +107,7 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         ),
         (
             SOURCES + "tracks: {turns: {onset: 0.2}}\n",
-            "FILE: tracks.turns: expected offset ≤ onset, got offset 0.4, onset 0.2",
+            "FILE: tracks.turns: expected offset ≤ its onset, got 0.4 > 0.2",
         ),
         (
             SOURCES + "sinks: {m: {kind: mqtt, hosst: x}}\n",
