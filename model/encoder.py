@@ -297,8 +297,9 @@ class Encoder(nn.Module):
         mask: Tensor | None,
         head_mask: Sequence[Tensor | None],
         output_attentions: bool,
+        output_hidden_states: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """All layers. x: [B, T, D] → L + 1 hidden states, attentions (empty unless asked for)."""
+        """All layers. x: [B, T, D] → L + 1 hidden states or the last alone, and attentions."""
         hidden, attentions = [x], list[Tensor]()
         for layer, heads in zip(self.layers, head_mask, strict=True):
             # LayerDrop (arXiv 1909.11556): a dropped layer passes its input on
@@ -306,6 +307,8 @@ class Encoder(nn.Module):
             if drop and torch.rand(()).item() < self.config.layerdrop:
                 hidden.append(x)
                 continue
+            if not output_hidden_states:
+                hidden.clear()  # memory that the next layer may use again, still in the cache
             if self.gradient_checkpointing and self.training:
                 x, weights = torch.utils.checkpoint.checkpoint(
                     layer, x, mask, heads, None, None, output_attentions, use_reentrant=False
@@ -386,9 +389,12 @@ class UniSpeechSatModel(PreTrainedModel):
         if streaming is None:
             x = self.encoder.embed(x, self.encoder.pos_conv_embed(x))
             keys = None if exists is None else exists[:, None, None, :]
-            hidden, attentions = self.encoder.run(x, keys, heads, wants_attentions)
+            hidden, attentions = self.encoder.run(x, keys, heads, wants_attentions, wants_states)
         else:
-            hidden, attentions = self._run_streaming(x, exists, streaming, heads), []
+            hidden, attentions = (
+                self._run_streaming(x, exists, streaming, heads, wants_states),
+                [],
+            )
         output = UniSpeechSatBaseModelOutput(
             last_hidden_state=self.encoder.finish(hidden[-1]),
             extract_features=normed,
@@ -425,11 +431,16 @@ class UniSpeechSatModel(PreTrainedModel):
         return x
 
     def _run_streaming(
-        self, x: Tensor, exists: Tensor | None, window: Window, head_mask: list[Tensor | None]
+        self,
+        x: Tensor,
+        exists: Tensor | None,
+        window: Window,
+        head_mask: list[Tensor | None],
+        output_hidden_states: bool,
     ) -> list[Tensor]:
         """All chunks of a stream at once: each has its own copy of its look-ahead frames.
 
-        x: [B, T, D] → L + 1 of [B, T, D]
+        x: [B, T, D] → L + 1 of [B, T, D], or the last alone
         """
         B, T, D = x.shape
         C, R, L = window.chunk, window.right, window.left
@@ -454,7 +465,7 @@ class UniSpeechSatModel(PreTrainedModel):
         if exists is not None:
             keys = keys & exists[:, frame.clamp(0, T - 1)]
         mask = seen & keys[:, None, None, :]
-        hidden, _ = self.encoder.run(tokens, mask, head_mask, output_attentions=False)
+        hidden, _ = self.encoder.run(tokens, mask, head_mask, False, output_hidden_states)
         return [
             h.view(B, N, C + R, D)[:, :, :C].reshape(B, N * C, D)[:, lead : lead + T]
             for h in hidden

@@ -81,16 +81,16 @@ class Voice:
 
 
 def _clean(frames: Frames) -> list[float]:
-    """Of each frame, how surely exactly one channel speaks; all of it without that head."""
+    """Of each frame, how surely one voice speaks alone; all of it without the activity head.
+
+    The head often shares its probability among channels, so their sum is what counts voices: 1 is
+    one, however it is shared; at 0 and at 2 there is nobody, or more than one.
+    """
     if frames.activity is None:
         return [1.0] * (0 if frames.voice is None else len(frames.voice))
-    speaks = frames.activity.astype(np.float64)
-    alone = [
-        speaks[:, channel] * np.prod(np.delete(1.0 - speaks, channel, axis=1), axis=1)
-        for channel in range(speaks.shape[1])
-    ]
-    weights = np.max(np.stack(alone, axis=1), axis=1)
-    return cast("list[float]", np.where(weights < 0.5, 0.0, weights).tolist())
+    voices = frames.activity.sum(axis=1, dtype=np.float64)
+    weights = np.clip(np.minimum(voices, 2.0 - voices), 0.0, 1.0)
+    return np.where(weights < 0.5, 0.0, weights).tolist()
 
 
 async def listen(settings: EngineSettings, clips: Sequence[Path]) -> Enrolment:
