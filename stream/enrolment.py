@@ -15,6 +15,7 @@ from stream.clock import FRAME_RATE
 from stream.engine import Engine, EngineError, EngineSettings
 from stream.sources.file import FileSource
 from stream.tracks.frames import Frames
+from stream.tracks.turns import Moments
 from stream.voiceprints import VoiceprintError
 
 LEAST_S: Final = 1.0
@@ -56,9 +57,7 @@ class Voice:
     """
 
     def __init__(self) -> None:
-        self.mass = 0.0
-        self.first: NDArray[np.float64] = np.zeros(0)
-        self.second: NDArray[np.float64] = np.zeros(0)
+        self.moments = Moments()
         self._weights: list[float] = []  # of every frame so far; a clip is short
         self._rows = 0
 
@@ -70,14 +69,8 @@ class Voice:
         for row in frames.voice.astype(np.float64):
             index = self._rows - frames.voice_delay
             self._rows += 1
-            if not 0 <= index < len(self._weights):
-                continue
-            if not self.first.size:
-                self.first, self.second = np.zeros_like(row), np.zeros_like(row)
-            weight = self._weights[index]
-            self.mass += weight
-            self.first += weight * row
-            self.second += weight * row * row
+            if 0 <= index < len(self._weights):
+                self.moments.add(self._weights[index], row)
 
 
 def _clean(frames: Frames) -> list[float]:
@@ -130,14 +123,15 @@ async def _hear(engine: Engine, clip: Path) -> Recording:
         await advance(chunker.end())
     finally:
         engine.release(slot)
-    evidence_s = voice.mass / FRAME_RATE
+    moments = voice.moments
+    evidence_s = moments.mass / FRAME_RATE
     if evidence_s < LEAST_S:
         raise VoiceprintError(
             f"{clip}: {evidence_s:.1f} s of clean speech; expected at least {LEAST_S:.0f} s"
         )
     embedding = engine.embed(
-        np.asarray(voice.mass, np.float32),
-        voice.first.astype(np.float32),
-        voice.second.astype(np.float32),
+        np.asarray(moments.mass, np.float32),
+        moments.first.astype(np.float32),
+        moments.second.astype(np.float32),
     )
     return Recording(clip, embedding, evidence_s)
