@@ -76,7 +76,10 @@ def label(settings: Prepare) -> None:
     rows = np.memmap(settings.target / "voice.partial", np.float16, "w+", shape=shape)
     embeddings = np.zeros((len(corpus.utterances), EMBEDDING_CHANNELS), np.float32)
     began, done = time.monotonic(), 0
-    for index, item in enumerate(corpus.utterances):
+    # by length: the teacher's kernels are compiled for each length they meet
+    order = sorted(range(len(corpus.utterances)), key=lambda index: corpus.utterances[index].hops)
+    for count, index in enumerate(order, start=1):
+        item = corpus.utterances[index]
         wave = torch.from_numpy(corpus.wave(index))
         voice = teacher.voice(wave)
         embeddings[index] = teacher.embed(voice).numpy()
@@ -84,9 +87,9 @@ def label(settings: Prepare) -> None:
         row = torch.cat([voice, voice[-1:].expand(item.hops - len(voice), -1)])
         rows[item.start : item.start + item.hops] = row.half().numpy()
         done += item.hops
-        if index % 200 == 199:
+        if count % 200 == 0:
             speed = done / 50 / (time.monotonic() - began)
-            print(f"{index + 1} utterances, {speed:.0f}× real time", flush=True)
+            print(f"{count} utterances, {speed:.0f}× real time", flush=True)
     rows.flush()
     (settings.target / "voice.partial").rename(settings.target / "voice.f16")
     np.save(settings.target / "embeddings.npy", embeddings)
