@@ -7,7 +7,7 @@ activity and teacher rows are one a hop, so a piece cut at a hop boundary keeps 
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ RATE = 16_000
 HOP = 320
 VOICE_CHANNELS = 512
 EMBEDDING_CHANNELS = 192
+CONTENT_CHANNELS = 384
 
 Samples = NDArray[np.int16]
 
@@ -86,6 +87,7 @@ class Corpus:
         activity: bool as uint8 [hops].
         voice: float16 [hops, 512], the teacher's channels before pooling, or None.
         embeddings: float32 [utterances, 192], the teacher's pooled embeddings, or None.
+        content: float16 [hops, 384], the content teacher's encoder output, or None.
         noises: int16 arrays.
     """
 
@@ -101,6 +103,12 @@ class Corpus:
             else None
         )
         self.embeddings = np.load(embeddings) if embeddings.exists() else None
+        content = folder / "content.f16"
+        self.content = (
+            np.memmap(content, np.float16, "r").reshape(-1, CONTENT_CHANNELS)
+            if content.exists()
+            else None
+        )
         bounds = np.load(folder / "noise_bounds.npy")
         noise = np.memmap(folder / "noise.i16", np.int16, "r")
         self.noises: list[Samples] = [noise[a:b] for a, b in pairwise(bounds.tolist())]
@@ -117,15 +125,19 @@ class Corpus:
 
 @dataclass(slots=True)
 class Writer:
-    """Appends utterances to the flat arrays of ``folder``."""
+    """Appends utterances to the flat arrays of ``folder``, which may hold some already."""
 
     folder: Path
     hops: int = 0
+    corpora: set[str] = field(default_factory=set[str])
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("audio.i16", "activity.u8", "index.jsonl"):
-            (self.folder / name).write_bytes(b"")
+        index = self.folder / "index.jsonl"
+        if index.exists():
+            found = [Utterance(**json.loads(line)) for line in index.read_text().splitlines()]
+            self.hops = found[-1].start + found[-1].hops if found else 0
+            self.corpora = {item.corpus for item in found}
         return self
 
     def __exit__(self, *_: object) -> None:

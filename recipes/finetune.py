@@ -11,7 +11,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.state import Window
-from recipes.corpus import EMBEDDING_CHANNELS, HOP, Corpus
+from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
 from recipes.objectives import VoiceTargets, ctc_loss, hint_loss, pit_loss, presence_loss
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
@@ -34,11 +36,12 @@ class Weights(Settings):
 
     dense: float = 4.0
     cosine: float = 1.0
-    nce: float = 0.1
+    nce: float = 0.2
+    content: float = 1.0
     activity: float = 3.0
     hint: float = 3.0
     presence: float = 0.5
-    ctc: float = 0.3
+    ctc: float = 0.5
     mel: float = 0.5
     mel_steps: int = 600
 
@@ -73,6 +76,7 @@ class Finetune(Settings):
         log_steps: steps between lines of the log.
         bfloat16: autocast to bfloat16.
         threads: compute threads.
+        workers: processes that make the scenes ahead of the steps; 0 makes them in between.
     """
 
     data: Path
@@ -100,6 +104,7 @@ class Finetune(Settings):
     log_steps: int = 20
     bfloat16: bool = True
     threads: int = 1
+    workers: int = 1
     weights: Weights = Weights()
     shape: Shape = Shape()
     acoustics: Acoustics = Acoustics()
@@ -143,6 +148,79 @@ class Batch:
         )
 
 
+def draw(settings: Finetune, simulator: Simulator, step: int) -> list[tuple[Batch, Window | None]]:
+    """The two batches of a step and the window each is seen through, drawn from (seed, step)."""
+    s = settings
+    config = s.shape.config()
+    rng = np.random.default_rng([s.seed, step])
+    drawn: list[tuple[Batch, Window | None]] = []
+    for lengths, total in (
+        (s.utterance_hops, s.utterance_batch_hops),
+        (s.talk_hops, s.talk_batch_hops),
+    ):
+        hops = int(rng.choice(lengths))
+        scenes: list[Scene] = []
+        for _ in range(max(1, total // hops)):
+            if rng.random() < s.nobody:
+                scenes.append(simulator.nobody(rng, hops))
+            elif lengths is s.utterance_hops:
+                scenes.append(simulator.single(rng, hops, s.sources))
+            else:
+                scenes.append(simulator.talk(rng, hops))
+        window = None
+        if step >= s.stream_from and rng.random() >= s.whole:
+            chunk, right = s.windows[int(rng.integers(len(s.windows)))]
+            window = Window(chunk=chunk, left=int(rng.choice(s.left)), right=right)
+        drawn.append((Batch.of(scenes, int(config.frames(hops * HOP))), window))
+    return drawn
+
+
+_simulator: Simulator
+"""A worker process's own."""
+
+
+def _start_worker(settings: Finetune) -> None:
+    global _simulator
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _simulator = Simulator(Corpus(settings.data), settings.acoustics, settings.conversation)
+
+
+def _draw_in_worker(settings: Finetune, step: int) -> list[tuple[Batch, Window | None]]:
+    return draw(settings, _simulator, step)
+
+
+class Feed:
+    """Batches of a run's steps, made ahead of them by other processes."""
+
+    def __init__(self, settings: Finetune, ahead: int = 6) -> None:
+        self.settings, self.ahead = settings, ahead
+        self.pending: dict[int, Future[list[tuple[Batch, Window | None]]]] = {}
+        self.pool: ProcessPoolExecutor | None = None
+        if settings.workers:
+            self.pool = ProcessPoolExecutor(
+                settings.workers, get_context("spawn"), _start_worker, (settings,)
+            )
+        else:
+            corpus = Corpus(settings.data)
+            self.simulator = Simulator(corpus, settings.acoustics, settings.conversation)
+
+    def __call__(self, step: int) -> list[tuple[Batch, Window | None]]:
+        """The batches of ``step``; those of the next ones are begun."""
+        if self.pool is None:
+            return draw(self.settings, self.simulator, step)
+        for wanted in range(step, min(step + self.ahead, self.settings.steps)):
+            if wanted not in self.pending:
+                future = self.pool.submit(_draw_in_worker, self.settings, wanted)
+                self.pending[wanted] = future
+        return self.pending.pop(step).result()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
 class Run:
     """Everything that changes while training, and how it is stored."""
 
@@ -150,7 +228,7 @@ class Run:
         self.settings = settings
         torch.manual_seed(settings.seed)
         self.corpus = Corpus(settings.data)
-        self.simulator = Simulator(self.corpus, settings.acoustics, settings.conversation)
+        self.feed = Feed(settings)
         self.targets = voice_targets(self.corpus)
         self.speaker_rows = torch.tensor(
             [self.targets.names.get(item.speaker, -1) for item in self.corpus.utterances]
@@ -158,6 +236,8 @@ class Run:
         self.student = Student(settings.shape)
         self.mel = nn.Linear(settings.shape.conv_dim[-1], 80)
         self.mel_filters = mel_filters()
+        self.content = nn.Linear(settings.shape.width, CONTENT_CHANNELS)
+        self.content_targets = content_targets(self.corpus)
         start_voice(self.student, self.targets)
         if settings.campplus is not None:
             start_from_teacher(self.student, self.targets, settings.campplus)
@@ -172,7 +252,8 @@ class Run:
         yield {"params": kept, "scale": self.settings.kept_rate, "weight_decay": 0.0}
         yield {"params": [p for p in rest if p.ndim > 1], "scale": 1.0, "weight_decay": decay}
         yield {"params": [p for p in rest if p.ndim <= 1], "scale": 1.0, "weight_decay": 0.0}
-        yield {"params": list(self.mel.parameters()), "scale": 1.0, "weight_decay": 0.0}
+        beside = [*self.mel.parameters(), *self.content.parameters()]
+        yield {"params": beside, "scale": 1.0, "weight_decay": 0.0}
 
     # ---- one step ----
 
@@ -182,30 +263,6 @@ class Run:
         rise = min(1.0, (step + 1) / s.warm_up_steps)
         fall = min(1.0, max(0.0, (s.steps - step) / max(s.decay_steps, 1)))
         return s.rate * rise * fall
-
-    def batches(self, step: int) -> Iterator[tuple[Batch, Window | None]]:
-        """The two batches of a step and the window each is seen through."""
-        s = self.settings
-        rng = np.random.default_rng([s.seed, step])
-        for lengths, total in (
-            (s.utterance_hops, s.utterance_batch_hops),
-            (s.talk_hops, s.talk_batch_hops),
-        ):
-            hops = int(rng.choice(lengths))
-            scenes: list[Scene] = []
-            for _ in range(max(1, total // hops)):
-                if rng.random() < s.nobody:
-                    scenes.append(self.simulator.nobody(rng, hops))
-                elif lengths is s.utterance_hops:
-                    scenes.append(self.simulator.single(rng, hops, s.sources))
-                else:
-                    scenes.append(self.simulator.talk(rng, hops))
-            frames = self.student.encoder.config.frames(hops * HOP)
-            window = None
-            if step >= s.stream_from and rng.random() >= s.whole:
-                chunk, right = s.windows[int(rng.integers(len(s.windows)))]
-                window = Window(chunk=chunk, left=int(rng.choice(s.left)), right=right)
-            yield Batch.of(scenes, int(frames)), window
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Every loss of a batch by name, not yet weighted."""
@@ -222,6 +279,7 @@ class Run:
         assert self.corpus.voice is not None
         rows[where] = torch.from_numpy(self.corpus.voice[batch.rows[where].numpy()]).float()
         losses["dense"] = targets.dense_loss(out.voice, rows, where)
+        losses["content"] = self.content_loss(out.hidden, batch.rows)
         # one embedding a local speaker who talks alone for at least a second
         mass = F.one_hot(batch.owner + 1, 4)[..., 1:].float()
         row, local = torch.nonzero(mass.sum(1) >= 50, as_tuple=True)
@@ -238,6 +296,21 @@ class Run:
             losses["mel"] = F.mse_loss(self.mel(out.features).float(), energies)
         return losses
 
+    def content_loss(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Mean squared error to the content teacher's channels, each in units of its deviation.
+
+        hidden: [B, T, D]; rows: [B, T], −1 where nobody or more than one talks → []
+        """
+        if self.corpus.content is None:
+            return hidden.new_zeros((), dtype=torch.float32)
+        # the student's frame t is centred on sample 320 t + 360, the teacher's row t on 320 t
+        rows = torch.where((rows >= 0) & (rows + 1 < len(self.corpus.content)), rows + 1, -1)
+        where = rows >= 0
+        wanted = torch.from_numpy(self.corpus.content[rows[where].numpy()]).float()
+        mean, deviation = self.content_targets
+        guess = self.content(hidden[where]).float()
+        return F.mse_loss(guess, (wanted - mean) / deviation)
+
     def advance(self) -> dict[str, float]:
         """Makes one step and gives its losses."""
         s = self.settings
@@ -247,7 +320,7 @@ class Run:
         weights = s.weights.model_dump()
         weights["mel"] *= max(0.0, 1 - self.step / max(s.weights.mel_steps, 1))
         seen: dict[str, float] = {}
-        for kind, (batch, window) in zip(("u", "c"), self.batches(self.step), strict=True):
+        for kind, (batch, window) in zip(("u", "c"), self.feed(self.step), strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=s.bfloat16):
                 out = self.student(batch.wave, window)
                 losses = self.losses(batch, out)
@@ -282,6 +355,7 @@ class Run:
             "shape": self.settings.shape.model_dump(),
             "student": dict(self.student.named_parameters()),
             "mel": self.mel.state_dict(),
+            "content": self.content.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -299,6 +373,7 @@ class Run:
                 parameter.copy_(state["student"][name])
                 self.average[name].copy_(state["average"][name])
         self.mel.load_state_dict(state["mel"])
+        self.content.load_state_dict(state["content"])
         scales = [group["scale"] for group in self.optimizer.param_groups]
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -306,6 +381,18 @@ class Run:
             group["scale"], group["weight_decay"] = scale, decay
         self.step = state["step"]
         return True
+
+
+def content_targets(corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the content teacher's channels. → [384] twice"""
+    if corpus.content is None:
+        return torch.zeros(CONTENT_CHANNELS), torch.ones(CONTENT_CHANNELS)
+    rows = np.array(corpus.content[:: max(1, len(corpus.content) // 50_000)], np.float32)
+    deviation = rows.std(0)
+    return (
+        torch.from_numpy(rows.mean(0)),
+        torch.from_numpy(np.maximum(deviation, 0.25 * np.median(deviation))),
+    )
 
 
 def voice_targets(corpus: Corpus) -> VoiceTargets:
@@ -378,6 +465,7 @@ def main() -> None:
             run.save()
             saved = time.monotonic()
     run.save()
+    run.feed.close()
     log.close()
     print(f"saved at step {run.step}", flush=True)
 

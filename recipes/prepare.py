@@ -1,16 +1,20 @@
 """Stage 1: archives of Opus → memory-mapped audio, activity and teacher rows.
 
-Decoding takes about a minute; the teacher about an hour of audio a minute on one core.
+Decoding takes about a minute, each teacher a quarter of an hour on one core for ten hours. A corpus
+that is added to the settings later is appended to the arrays, and labelled where it is not yet.
 """
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from recipes.corpus import (
+    CONTENT_CHANNELS,
     EMBEDDING_CHANNELS,
     VOICE_CHANNELS,
     Corpus,
@@ -19,90 +23,157 @@ from recipes.corpus import (
     write_noises,
 )
 from recipes.settings import Settings, from_arguments
-from recipes.teachers import Campplus
+from recipes.teachers import Campplus, WhisperEncoder
 
 
 class Prepare(Settings):
-    """Where the data is, where it goes, and the teacher's weights.
+    """Where the data is, where it goes, and the teachers' weights.
 
     Attributes:
-        source: folder of the archives and manifests.
         target: work folder of the arrays.
-        corpora: names of the archives, in order.
+        corpora: archives without their ending; a manifest of the same name lies beside each. An
+            entry without a ``speaker`` has no verbatim text either.
         noise: archive of noises.
-        campplus: the teacher's state dict.
-        bfloat16: run the teacher in bfloat16 (fast on machines with AMX).
+        campplus: the voice teacher's state dict.
+        whisper: folder of the content teacher, in CTranslate2's format; none, and there is none.
+        bfloat16: run the voice teacher in bfloat16.
         threads: compute threads.
     """
 
-    source: Path
     target: Path
-    corpora: list[str]
-    noise: str
+    corpora: list[Path]
+    noise: Path
     campplus: Path
+    whisper: Path | None = None
     bfloat16: bool = True
     threads: int = 1
 
 
 def decode_corpora(settings: Prepare) -> None:
-    """Writes audio, activity and the index of every corpus."""
-    settings.target.mkdir(parents=True, exist_ok=True)
+    """Writes audio, activity and the index of every corpus that is not there yet."""
     with Writer(settings.target) as writer:
-        for corpus in settings.corpora:
-            lines = (settings.source / f"{corpus}.jsonl").read_text().splitlines()
+        for path in settings.corpora:
+            if path.name in writer.corpora:
+                continue
+            lines = path.with_suffix(".jsonl").read_text().splitlines()
             manifest = {entry["file"]: entry for entry in map(json.loads, lines)}
-            for name, samples in read_tar(settings.source / f"{corpus}.tar"):
+            for name, samples in read_tar(path.with_suffix(".tar")):
                 entry = manifest[name]
-                verbatim = "speaker" in entry  # a corpus without speakers has no verbatim text
                 record = {
                     "id": entry["id"],
-                    "corpus": corpus,
+                    "corpus": path.name,
                     "split": entry["split"],
                     "speaker": entry.get("speaker") or "",
-                    "text": (entry.get("text") or "").upper() if verbatim else "",
+                    "text": (entry.get("text") or "").upper() if "speaker" in entry else "",
                 }
                 writer.add(record, samples)
-            print(f"decoded {corpus}: {writer.hops / 180_000:.2f} h so far", flush=True)
-    noises = [noise for _, noise in read_tar(settings.source / settings.noise)]
-    write_noises(settings.target, noises)
+            print(f"decoded {path.name}: {writer.hops / 180_000:.2f} h so far", flush=True)
+    if not (settings.target / "noise.i16").exists():
+        write_noises(settings.target, [noise for _, noise in read_tar(settings.noise)])
 
 
-def label(settings: Prepare) -> None:
-    """Runs the teacher over every utterance; starts over where a run was cut."""
+def missing_rows(path: Path, corpus: Corpus, channels: int) -> tuple[NDArray[np.float16], int]:
+    """Opens an array of rows with room for the whole corpus; gives it and the first hop to fill.
+
+    A run that was cut has left ``.partial`` behind, which is begun again.
+    """
+    partial, done = path.with_suffix(".partial"), 0
+    if path.exists():
+        done = path.stat().st_size // (2 * channels)
+        path.rename(partial)
+    size = len(corpus.audio) * channels * 2
+    with partial.open("r+b" if partial.exists() else "wb") as file:
+        file.truncate(size)
+    return np.memmap(partial, np.float16, "r+", shape=(len(corpus.audio), channels)), done
+
+
+def label_voices(settings: Prepare) -> None:
+    """Runs the voice teacher over every utterance that has no rows yet."""
     corpus = Corpus(settings.target)
+    if corpus.voice is not None and len(corpus.voice) == len(corpus.audio):
+        return
     dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
     teacher = Campplus(settings.campplus, dtype)
-    shape = (len(corpus.audio), VOICE_CHANNELS)
-    rows = np.memmap(settings.target / "voice.partial", np.float16, "w+", shape=shape)
     embeddings = np.zeros((len(corpus.utterances), EMBEDDING_CHANNELS), np.float32)
-    began, done = time.monotonic(), 0
+    if corpus.voice is not None and corpus.embeddings is not None:
+        embeddings[: len(corpus.embeddings)] = corpus.embeddings
+    path = settings.target / "voice.f16"
+    rows, done = missing_rows(path, corpus, VOICE_CHANNELS)
+    progress = Progress("voices")
     # by length: the teacher's kernels are compiled for each length they meet
-    order = sorted(range(len(corpus.utterances)), key=lambda index: corpus.utterances[index].hops)
-    for count, index in enumerate(order, start=1):
+    todo = [index for index, item in enumerate(corpus.utterances) if item.start >= done]
+    for index in sorted(todo, key=lambda index: corpus.utterances[index].hops):
         item = corpus.utterances[index]
-        wave = torch.from_numpy(corpus.wave(index))
-        voice = teacher.voice(wave)
+        voice = teacher.voice(torch.from_numpy(corpus.wave(index)))
         embeddings[index] = teacher.embed(voice).numpy()
         # the teacher has one row less than hops at most: its last window needs 400 samples
         row = torch.cat([voice, voice[-1:].expand(item.hops - len(voice), -1)])
         rows[item.start : item.start + item.hops] = row.half().numpy()
-        done += item.hops
-        if count % 200 == 0:
-            speed = done / 50 / (time.monotonic() - began)
-            print(f"{count} utterances, {speed:.0f}× real time", flush=True)
+        progress(item.hops)
     rows.flush()
-    (settings.target / "voice.partial").rename(settings.target / "voice.f16")
     np.save(settings.target / "embeddings.npy", embeddings)
+    path.with_suffix(".partial").rename(path)
+
+
+def label_content(settings: Prepare) -> None:
+    """Runs the content teacher over every utterance that has no rows yet, many in a window."""
+    corpus = Corpus(settings.target)
+    if settings.whisper is None:
+        return
+    if corpus.content is not None and len(corpus.content) == len(corpus.audio):
+        return
+    teacher = WhisperEncoder(settings.whisper, threads=settings.threads)
+    path = settings.target / "content.f16"
+    rows, done = missing_rows(path, corpus, CONTENT_CHANNELS)
+    progress = Progress("content")
+    todo = [index for index, item in enumerate(corpus.utterances) if item.start >= done]
+    for packed in pack([corpus.utterances[index].hops for index in todo], teacher.hops):
+        waves = [corpus.wave(todo[i]) for i in packed]
+        for i, row in zip(packed, teacher.rows(waves), strict=True):
+            start = corpus.utterances[todo[i]].start
+            rows[start : start + len(row)] = row
+        progress(sum(corpus.utterances[todo[i]].hops for i in packed))
+    rows.flush()
+    path.with_suffix(".partial").rename(path)
+
+
+def pack(lengths: Sequence[int], room: int, gap: int = 10) -> list[list[int]]:
+    """Fills windows of ``room`` hops with utterances in order, ``gap`` hops apart.
+
+    An utterance longer than a window has one of its own; its end is cut by the teacher.
+    """
+    windows: list[list[int]] = []
+    used = room
+    for index, length in enumerate(lengths):
+        if used + length > room:
+            windows.append([])
+            used = 0
+        windows[-1].append(index)
+        used += length + gap
+    return windows
+
+
+class Progress:
+    """Prints how far a teacher is, every ten minutes of audio."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.done, self.began = name, 0, time.monotonic()
+
+    def __call__(self, hops: int) -> None:
+        """Counts ``hops`` more."""
+        before, self.done = self.done, self.done + hops
+        if self.done // 30_000 > before // 30_000:
+            speed = self.done / 50 / (time.monotonic() - self.began)
+            print(f"{self.name}: {self.done / 3000:.0f} min, {speed:.0f}× real time", flush=True)
 
 
 def main() -> None:
     """Command line of the stage."""
-    settings = from_arguments(Prepare, "prepare", "decode the archives and run the teacher")
+    settings = from_arguments(Prepare, "prepare", "decode the archives and run the teachers")
     torch.set_num_threads(settings.threads)
-    if not (settings.target / "noise.i16").exists():
-        decode_corpora(settings)
-    if not (settings.target / "voice.f16").exists():
-        label(settings)
+    stages: list[Callable[[Prepare], None]] = [decode_corpora, label_content, label_voices]
+    for stage in stages:
+        stage(settings)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from recipes.settings import Settings
 LOCAL_SPEAKERS = 3
 """Speakers a scene may have: the outputs of the diarization head."""
 
-WHOLE_HOPS = 180
+WHOLE_HOPS = 150
 """Scenes of one utterance as long as this hold a whole one; shorter ones are for the voice."""
 
 FADE = 80
@@ -132,9 +132,16 @@ class Simulator:
 
     def single(self, rng: np.random.Generator, hops: int, sources: dict[str, float]) -> Scene:
         """One utterance with silence around it, or in a short scene a piece of one."""
+        whole = hops >= WHOLE_HOPS
+        if whole:  # of the corpora that have utterances to fill such a scene
+            sources = {
+                name: share
+                for name, share in sources.items()
+                if self._filling(name, hops).size > 20
+            } or sources
         corpus = _choose(rng, sources)
-        fitting = self.by_corpus[corpus][self.spoken[corpus] <= hops - 4]
-        whole = hops >= WHOLE_HOPS and len(fitting) > 0
+        fitting = self._filling(corpus, hops) if whole else np.empty(0, np.int64)
+        whole = len(fitting) > 0
         index = int(rng.choice(fitting if whole else self.by_corpus[corpus]))
         item = self.corpus.utterances[index]
         first, last = self.bounds[index]
@@ -149,6 +156,11 @@ class Simulator:
         scene = stage.finish()
         scene.text = item.text if whole else ""
         return scene
+
+    def _filling(self, corpus: str, hops: int) -> NDArray[np.int64]:
+        """The utterances that fit in a scene of ``hops`` and fill most of it."""
+        spoken = self.spoken[corpus]
+        return self.by_corpus[corpus][(spoken <= hops - 4) & (spoken > 0.55 * hops)]
 
     def nobody(self, rng: np.random.Generator, hops: int) -> Scene:
         """Noise and room tone only."""

@@ -41,7 +41,7 @@ class Shape(Settings):
     feed_forward: int = 768
     positions: int = 32
     position_groups: int = 16
-    conv_dim: tuple[int, ...] = (320, 192)
+    conv_dim: tuple[int, ...] = (320, 256)
     conv_kernel: tuple[int, ...] = (400, 3)
     conv_stride: tuple[int, ...] = (160, 2)
     tdnn: tuple[int, ...] = (256, 512)
@@ -101,13 +101,15 @@ class Outputs:
     """What the student says of a batch, one row every 20 ms.
 
     Attributes:
-        features: [B, T, 192], the front end's normalised output.
+        features: [B, T, C], the front end's normalised output.
+        hidden: [B, T, D], the last layer's.
         activity: [B, T, 3] logits.
         voice: [B, T, 512], frame outputs of the x-vector head.
         characters: [B, T, 32] logits.
     """
 
     features: Tensor
+    hidden: Tensor
     activity: Tensor
     voice: Tensor
     characters: Tensor
@@ -148,6 +150,7 @@ class Student(nn.Module):
         encoded = self.encoder(wave, output_hidden_states=True, streaming=window)
         return Outputs(
             features=encoded.extract_features,
+            hidden=encoded.last_hidden_state,
             activity=self.diarization.of(encoded),
             voice=self.speaker.of(encoded),
             characters=self.ctc.of(encoded),

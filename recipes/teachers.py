@@ -1,15 +1,22 @@
-"""The speaker teacher: CAM++ and its filterbank, enough to label our training audio.
+"""The teachers that label our training audio: CAM++ for voices, Whisper's encoder for content.
+
+CAM++ and its filterbank are written here, inference only, straight from the tensors of the
+published state dict; Whisper runs in CTranslate2.
 
 Source: Wang et al., "CAM++: A Fast and Efficient Network for Speaker Verification Using
 Context-Aware Masking" (Interspeech 2023), figures 1–2; weights of 3D-Speaker (Apache-2.0).
-Only inference is written here, straight from the tensors of the published state dict.
+Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022); weights of
+Whisper tiny.en (MIT).
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCKS = ((12, 1), (24, 2), (16, 2))
@@ -131,6 +138,50 @@ class Campplus:
         pooled = torch.cat([voice.mean(0), voice.std(0)])
         weight = self.tensors["xvector.dense.linear.weight"][..., 0].float()
         return self._norm((weight @ pooled)[None], "xvector.dense.nonlinear.batchnorm")[0]
+
+
+class WhisperEncoder:
+    """The encoder of a Whisper model in CTranslate2's format, 30 s at a time.
+
+    Attributes:
+        hops: what one window holds.
+    """
+
+    hops = 1500
+
+    def __init__(self, folder: Path, threads: int = 1) -> None:
+        try:
+            import ctranslate2
+        except ImportError as error:
+            raise SystemExit("the content teacher needs ctranslate2: pip install it") from error
+        from transformers import WhisperFeatureExtractor
+
+        self.features = WhisperFeatureExtractor()
+        self.wrap = ctranslate2.StorageView.from_array
+        self.model = ctranslate2.models.Whisper(
+            str(folder), device="cpu", compute_type="float32", intra_threads=threads
+        )
+
+    def rows(
+        self, waves: Sequence[NDArray[np.float32]], gap: int = 10
+    ) -> list[NDArray[np.float16]]:
+        """Utterances of whole hops → [hops, 384] each, row t centred on sample 320 t.
+
+        They are heard in one window, ``gap`` hops of silence between them.
+        """
+        window = np.zeros(self.hops * 320, np.float32)
+        starts, at = list[int](), 0
+        for wave in waves:
+            part = wave[: len(window) - at]
+            window[at : at + len(part)] = part
+            starts.append(at // 320)
+            at += len(wave) + gap * 320
+        mel = self.features(window, sampling_rate=16_000, return_tensors="np").input_features
+        out = np.array(self.model.encode(self.wrap(np.ascontiguousarray(mel, np.float32))))[0]
+        return [
+            out[start : start + len(wave) // 320].astype(np.float16)
+            for start, wave in zip(starts, waves, strict=True)
+        ]
 
 
 def _affine(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
