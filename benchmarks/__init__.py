@@ -3,4 +3,4 @@
 import os
 
 # As the command does, and for the same reason: threads that spin between steps lose their cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

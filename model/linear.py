@@ -31,13 +31,7 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self._weights(), self.bias, *after)
 
     def _packs(self, x: Tensor) -> bool:
-        return (
-            not torch.is_grad_enabled()
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.numel() <= FEW_ROWS * self.in_features
-            and torch.backends.mkldnn.is_available()
-        )
+        return packs(x, self.weight) and x.numel() <= FEW_ROWS * self.in_features
 
     def _weights(self) -> Tensor:
         key = version(self.weight)
@@ -51,6 +45,16 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, object]:
         # the packed form is the machine's own: neither copied nor pickled
         return {**self.__dict__, "_packed": None}
+
+
+def packs(x: Tensor, parameter: Tensor) -> bool:
+    """Whether ``x`` can be multiplied by packed weights: float32 on a CPU, and no gradients."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == parameter.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def version(parameter: Tensor) -> tuple[int, int]:

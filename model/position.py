@@ -1,6 +1,7 @@
 """The convolutional position embedding."""
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -10,7 +11,10 @@ from torch.nn.utils import parametrizations
 
 from model.config import UniSpeechSatConfig
 from model.features import activation
-from model.linear import version
+from model.linear import packs, version
+
+MANY_FRAMES = 640
+"""From here on the arithmetic hides what rearranging the weights costs."""
 
 
 class PositionalConvEmbedding(nn.Module):
@@ -37,7 +41,7 @@ class PositionalConvEmbedding(nn.Module):
         """Frames before a frame that its embedding sees."""
         self.future = kernel - 1 - kernel // 2
         """Frames after it; one fewer than `history` when the kernel is even."""
-        self._weight: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        self._weight: _Weight | None = None
 
     def init_weights(self) -> None:
         """Published initialisation."""
@@ -58,18 +62,63 @@ class PositionalConvEmbedding(nn.Module):
         x: [B, history + W, D] → [B, W, D]
         """
         x = F.pad(x.transpose(1, 2), (0, self.future))
-        x = F.conv1d(x, self.weight(), self.conv.bias, groups=self.conv.groups)
+        conv = self.conv
+        assert conv.bias is not None
+        if torch.is_grad_enabled():
+            x = F.conv1d(x, conv.weight, conv.bias, groups=conv.groups)
+        else:
+            weight = self._normed()
+            if packs(x, conv.bias) and x.shape[0] * x.shape[2] <= MANY_FRAMES:
+                x = torch.ops.mkldnn._convolution_pointwise(
+                    x.unsqueeze(2),
+                    weight.packed_for(x, conv.groups),
+                    conv.bias,
+                    [0, 0],
+                    [1, 1],
+                    [1, 1],
+                    conv.groups,
+                    "none",
+                    [],
+                    "",
+                ).squeeze(2)
+            else:
+                x = F.conv1d(x, weight.plain, conv.bias, groups=conv.groups)
         return self.activation(x).transpose(1, 2)
 
-    def weight(self) -> Tensor:
-        """The normed weight [D, D / groups, kernel].
+    def _normed(self) -> "_Weight":
+        """The normed weight, made once for each state of the parameters.
 
-        Norming the published 4.7 M weights costs as much as a step of the convolution, so without
-        gradients it is done once for each state of the parameters.
+        Norming the published 4.7 M weights costs as much as a step of the convolution.
         """
-        if torch.is_grad_enabled():
-            return self.conv.weight
         key = tuple(version(parameter) for parameter in self.conv.parameters())
-        if self._weight is None or self._weight[0] != key:
-            self._weight = (key, self.conv.weight.detach().clone())
-        return self._weight[1]
+        if self._weight is None or self._weight.key != key:
+            self._weight = _Weight(key, self.conv.weight.detach().clone())
+        return self._weight
+
+    def __getstate__(self) -> dict[str, object]:
+        # the packed form is the machine's own: neither copied nor pickled
+        return {**self.__dict__, "_weight": None}
+
+
+@dataclass
+class _Weight:
+    """A normed weight [D, D / groups, kernel], and how a CPU likes it for a few frames."""
+
+    key: tuple[tuple[int, int], ...]
+    plain: Tensor
+    packed: Tensor | None = None
+
+    def packed_for(self, x: Tensor, groups: int) -> Tensor:
+        """The weight rearranged once, which a convolution of a few frames would do each time."""
+        packed = self.packed
+        if packed is None:
+            with torch.inference_mode():
+                packed = self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                    self.plain.unsqueeze(2).to_mkldnn(),
+                    [0, 0],
+                    [1, 1],
+                    [1, 1],
+                    groups,
+                    [x.shape[0], x.shape[1], 1, x.shape[2]],
+                )
+        return packed

@@ -585,7 +585,7 @@ def main() -> None:
     # A stream computes for some milliseconds, twice a second. OpenMP's threads would spin in
     # between, and on a busy machine the one that lost its core to others' makes every step wait:
     # 30 times slower, measured. OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
