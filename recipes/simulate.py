@@ -134,11 +134,8 @@ class Simulator:
         """One utterance with silence around it, or in a short scene a piece of one."""
         whole = hops >= WHOLE_HOPS
         if whole:  # of the corpora that have utterances to fill such a scene
-            sources = {
-                name: share
-                for name, share in sources.items()
-                if self._filling(name, hops).size > 20
-            } or sources
+            many = [name for name in sources if len(self._filling(name, hops)) > 20]
+            sources = {name: sources[name] for name in many} or sources
         corpus = _choose(rng, sources)
         fitting = self._filling(corpus, hops) if whole else np.empty(0, np.int64)
         whole = len(fitting) > 0
