@@ -2,5 +2,5 @@
 
 import os
 
-# As the command does, and for the same reason: threads that spin between steps lose their cores.
+# As the command does, and for the same reason: threads that spin for long lose their cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -584,7 +584,8 @@ def main() -> None:
     """Run the command; every failure is one line on stderr and an exit code."""
     # A stream computes for some milliseconds, twice a second. OpenMP's threads would spin in
     # between, and on a busy machine the one that lost its core to others' makes every step wait:
-    # 30 times slower, measured. OpenMP reads this when torch is loaded.
+    # 30 times slower, measured. Sleeping at once costs a lone stream a fifth of its speed, so they
+    # spin for some microseconds first. OpenMP reads this when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = app(standalone_mode=False)
