@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from model.state import Window
 from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
 from recipes.objectives import VoiceTargets, ctc_loss, hint_loss, pit_loss, presence_loss
-from recipes.settings import Settings, from_arguments
+from recipes.settings import Settings, from_arguments, override
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from recipes.student import Outputs, Shape, Student
 from recipes.teachers import Campplus, filterbank, mel_filters
@@ -75,6 +76,7 @@ class Finetune(Settings):
         save_s: seconds between checkpoints.
         log_steps: steps between lines of the log.
         bfloat16: autocast to bfloat16.
+        phases: step → dotted keys that change from there on, for a run whose settings do.
         threads: compute threads.
         workers: processes that make the scenes ahead of the steps; 0 makes them in between.
     """
@@ -103,12 +105,23 @@ class Finetune(Settings):
     save_s: float = 120
     log_steps: int = 20
     bfloat16: bool = True
+    phases: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     threads: int = 1
     workers: int = 1
     weights: Weights = Weights()
     shape: Shape = Shape()
     acoustics: Acoustics = Acoustics()
     conversation: Conversation = Conversation()
+
+    def at(self, step: int) -> "Finetune":
+        """The settings of a step, by the phases that have begun."""
+        begun = [change for first, change in sorted(self.phases.items()) if first <= step]
+        if not begun:
+            return self
+        tree = self.model_dump()
+        for change in begun:
+            tree = override(tree, change)
+        return Finetune.model_validate(tree)
 
 
 @dataclass(slots=True)
@@ -150,7 +163,9 @@ class Batch:
 
 def draw(settings: Finetune, simulator: Simulator, step: int) -> list[tuple[Batch, Window | None]]:
     """The two batches of a step and the window each is seen through, drawn from (seed, step)."""
-    s = settings
+    s = settings.at(step)
+    if simulator.acoustics != s.acoustics or simulator.conversation != s.conversation:
+        simulator.acoustics, simulator.conversation = s.acoustics, s.conversation
     config = s.shape.config()
     rng = np.random.default_rng([s.seed, step])
     drawn: list[tuple[Batch, Window | None]] = []
@@ -289,7 +304,7 @@ class Run:
             losses["cosine"], losses["nce"] = targets.embedding_losses(
                 embedding, utterance, self.speaker_rows[utterance]
             )
-        if self.step < self.settings.weights.mel_steps:
+        if self.step < self.settings.at(self.step).weights.mel_steps:
             energies = filterbank(batch.wave, self.mel_filters)
             energies = F.avg_pool1d(energies.transpose(1, 2), 2).transpose(1, 2)
             energies = energies[:, : out.features.shape[1]] / 4
@@ -306,6 +321,8 @@ class Run:
         # the student's frame t is centred on sample 320 t + 360, the teacher's row t on 320 t
         rows = torch.where((rows >= 0) & (rows + 1 < len(self.corpus.content)), rows + 1, -1)
         where = rows >= 0
+        if not bool(where.any()):
+            return hidden.new_zeros((), dtype=torch.float32)
         wanted = torch.from_numpy(self.corpus.content[rows[where].numpy()]).float()
         mean, deviation = self.content_targets
         guess = self.content(hidden[where]).float()
@@ -313,7 +330,7 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """Makes one step and gives its losses."""
-        s = self.settings
+        s = self.settings.at(self.step)
         torch.manual_seed(s.seed * 1_000_003 + self.step)
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,10 @@
 """One YAML file a stage → one frozen pydantic model; ``--set key=value`` changes a single key."""
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +19,18 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def override(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a tree with dotted keys changed: ``{"a.b": 1}`` sets b of a."""
+    tree = copy.deepcopy(tree)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return tree
+
+
 def load(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
     """Reads ``path`` as ``kind`` with ``changes`` (``a.b=value``, values in YAML) applied on top.
 
@@ -30,11 +43,7 @@ def load(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
         key, separator, value = change.partition("=")
         if not separator:
             raise ValueError(f"expected key=value, got {change!r}")
-        *parents, leaf = key.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = yaml.safe_load(value)
+        tree = override(tree, {key: yaml.safe_load(value)})
     return kind.model_validate(tree)
 
 
