@@ -23,6 +23,7 @@ HOP = 320
 VOICE_CHANNELS = 512
 EMBEDDING_CHANNELS = 192
 CONTENT_CHANNELS = 384
+CHARACTERS = 32
 
 Samples = NDArray[np.int16]
 
@@ -88,6 +89,7 @@ class Corpus:
         voice: float16 [hops, 512], the teacher's channels before pooling, or None.
         embeddings: float32 [utterances, 192], the teacher's pooled embeddings, or None.
         content: float16 [hops, 384], the content teacher's encoder output, or None.
+        characters: float16 [hops, 32], the reader's posteriors, or None.
         noises: int16 arrays.
     """
 
@@ -96,19 +98,11 @@ class Corpus:
         self.utterances = [Utterance(**json.loads(line)) for line in lines]
         self.audio = np.memmap(folder / "audio.i16", np.int16, "r").reshape(-1, HOP)
         self.activity = np.memmap(folder / "activity.u8", np.uint8, "r")
-        voice, embeddings = folder / "voice.f16", folder / "embeddings.npy"
-        self.voice = (
-            np.memmap(voice, np.float16, "r").reshape(-1, VOICE_CHANNELS)
-            if voice.exists()
-            else None
-        )
+        embeddings = folder / "embeddings.npy"
+        self.voice = _rows(folder / "voice.f16", VOICE_CHANNELS)
         self.embeddings = np.load(embeddings) if embeddings.exists() else None
-        content = folder / "content.f16"
-        self.content = (
-            np.memmap(content, np.float16, "r").reshape(-1, CONTENT_CHANNELS)
-            if content.exists()
-            else None
-        )
+        self.content = _rows(folder / "content.f16", CONTENT_CHANNELS)
+        self.characters = _rows(folder / "characters.f16", CHARACTERS)
         bounds = np.load(folder / "noise_bounds.npy")
         noise = np.memmap(folder / "noise.i16", np.int16, "r")
         self.noises: list[Samples] = [noise[a:b] for a, b in pairwise(bounds.tolist())]
@@ -121,6 +115,10 @@ class Corpus:
     def wave(self, index: int) -> NDArray[np.float32]:
         """The same in ±1."""
         return self.samples(index).astype(np.float32) / np.float32(32768)
+
+
+def _rows(path: Path, channels: int) -> NDArray[np.float16] | None:
+    return np.memmap(path, np.float16, "r").reshape(-1, channels) if path.exists() else None
 
 
 @dataclass(slots=True)

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from model.state import Window
 from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
-from recipes.objectives import VoiceTargets, ctc_loss, hint_loss, pit_loss, presence_loss
+from recipes.objectives import (
+    VoiceTargets,
+    ctc_loss,
+    hint_loss,
+    pit_loss,
+    presence_loss,
+    reading_loss,
+)
+from recipes.reader import content_statistics
 from recipes.settings import Settings, from_arguments, override
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from recipes.student import Outputs, Shape, Student
@@ -39,6 +47,7 @@ class Weights(Settings):
     cosine: float = 1.0
     nce: float = 0.2
     content: float = 1.0
+    reading: float = 1.0
     activity: float = 3.0
     hint: float = 3.0
     presence: float = 0.5
@@ -252,7 +261,8 @@ class Run:
         self.mel = nn.Linear(settings.shape.conv_dim[-1], 80)
         self.mel_filters = mel_filters()
         self.content = nn.Linear(settings.shape.width, CONTENT_CHANNELS)
-        self.content_targets = content_targets(self.corpus)
+        if self.corpus.content is not None:
+            self.content_statistics = content_statistics(self.corpus)
         start_voice(self.student, self.targets)
         if settings.campplus is not None:
             start_from_teacher(self.student, self.targets, settings.campplus)
@@ -294,7 +304,7 @@ class Run:
         assert self.corpus.voice is not None
         rows[where] = torch.from_numpy(self.corpus.voice[batch.rows[where].numpy()]).float()
         losses["dense"] = targets.dense_loss(out.voice, rows, where)
-        losses["content"] = self.content_loss(out.hidden, batch.rows)
+        losses |= self.content_losses(batch, out)
         # one embedding a local speaker who talks alone for at least a second
         mass = F.one_hot(batch.owner + 1, 4)[..., 1:].float()
         row, local = torch.nonzero(mass.sum(1) >= 50, as_tuple=True)
@@ -311,22 +321,31 @@ class Run:
             losses["mel"] = F.mse_loss(self.mel(out.features).float(), energies)
         return losses
 
-    def content_loss(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Mean squared error to the content teacher's channels, each in units of its deviation.
+    def content_losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
+        """Losses to the content teacher and to its reader, where one speaker talks or none.
 
-        hidden: [B, T, D]; rows: [B, T], −1 where nobody or more than one talks → []
+        content is the mean squared error of the teacher's channels, each in units of its
+        deviation.
         """
-        if self.corpus.content is None:
-            return hidden.new_zeros((), dtype=torch.float32)
+        corpus = self.corpus
+        if corpus.content is None:
+            return {}
         # the student's frame t is centred on sample 320 t + 360, the teacher's row t on 320 t
-        rows = torch.where((rows >= 0) & (rows + 1 < len(self.corpus.content)), rows + 1, -1)
+        rows = torch.where(batch.rows >= 0, batch.rows + 1, -1).clamp(max=len(corpus.content) - 1)
         where = rows >= 0
         if not bool(where.any()):
-            return hidden.new_zeros((), dtype=torch.float32)
-        wanted = torch.from_numpy(self.corpus.content[rows[where].numpy()]).float()
-        mean, deviation = self.content_targets
-        guess = self.content(hidden[where]).float()
-        return F.mse_loss(guess, (wanted - mean) / deviation)
+            return {}
+        at = rows[where].numpy()
+        mean, deviation = self.content_statistics
+        wanted = (torch.from_numpy(corpus.content[at]).float() - mean) / deviation
+        losses = {"content": F.mse_loss(self.content(out.hidden[where]).float(), wanted)}
+        if corpus.characters is not None:
+            posteriors = torch.zeros(*where.shape, out.characters.shape[-1])
+            posteriors[..., 0] = 1  # nothing is said where nobody talks
+            posteriors[where] = torch.from_numpy(corpus.characters[at]).float()
+            heard = where | ~batch.activity.any(-1)
+            losses["reading"] = reading_loss(out.characters[heard], posteriors[heard])
+        return losses
 
     def advance(self) -> dict[str, float]:
         """Makes one step and gives its losses."""
@@ -398,18 +417,6 @@ class Run:
             group["scale"], group["weight_decay"] = scale, decay
         self.step = state["step"]
         return True
-
-
-def content_targets(corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the content teacher's channels. → [384] twice"""
-    if corpus.content is None:
-        return torch.zeros(CONTENT_CHANNELS), torch.ones(CONTENT_CHANNELS)
-    rows = np.array(corpus.content[:: max(1, len(corpus.content) // 50_000)], np.float32)
-    deviation = rows.std(0)
-    return (
-        torch.from_numpy(rows.mean(0)),
-        torch.from_numpy(np.maximum(deviation, 0.25 * np.median(deviation))),
-    )
 
 
 def voice_targets(corpus: Corpus) -> VoiceTargets:

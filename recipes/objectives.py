@@ -1,5 +1,6 @@
 """The losses of the joint run."""
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import torch
@@ -125,17 +126,17 @@ class VoiceTargets:
         return cosine, F.cross_entropy(logits, row[row >= 0])
 
 
-def ctc_loss(logits: Tensor, texts: list[str]) -> Tensor:
+def ctc_loss(logits: Tensor, texts: list[str], lengths: Tensor | None = None) -> Tensor:
     """Connectionist temporal classification, per character.  logits: [B, T, V] → [].
 
-    A row with an empty text has no transcript and is left out.
+    A row with an empty text has no transcript and is left out; lengths: [B] frames, or all.
     """
     kept = [i for i, text in enumerate(texts) if text]
     if not kept:
         return logits.new_zeros((), dtype=torch.float32)
     labels = [encode(texts[i]) for i in kept]
     log_probs = logits[kept].float().log_softmax(-1).transpose(0, 1)
-    frames = torch.full((len(kept),), logits.shape[1])
+    frames = torch.full((len(kept),), logits.shape[1]) if lengths is None else lengths[kept]
     return F.ctc_loss(
         log_probs,
         torch.cat(labels),
@@ -145,8 +146,30 @@ def ctc_loss(logits: Tensor, texts: list[str]) -> Tensor:
     )
 
 
+def reading_loss(logits: Tensor, posteriors: Tensor) -> Tensor:
+    """Cross-entropy to the reader's posteriors, less their entropy.  [N, V] twice → [].
+
+    Frames where the reader says a character weigh as much as those where it says blank: there are
+    four times as many of the latter.
+    """
+    loss = F.kl_div(logits.float().log_softmax(-1), posteriors, reduction="none").sum(-1)
+    spoken = 1 - posteriors[:, 0]
+    weight = spoken / spoken.mean().clamp(min=0.05) + 1
+    return (loss * weight).sum() / weight.sum()
+
+
 def encode(text: str) -> Tensor:
     """Upper-case text → indices of characters, "|" between words; others are dropped."""
     index = {symbol: i for i, symbol in enumerate(VOCABULARY)}
     spelled = "|".join(text.upper().split())
     return torch.tensor([index[symbol] for symbol in spelled if symbol in index])
+
+
+def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+    """Insertions, deletions and substitutions from ``a`` to ``b`` (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, right in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
+    return row[-1]
