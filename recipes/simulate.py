@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.signal import butter, oaconvolve, sosfilt
+from scipy.signal import butter, lfilter, oaconvolve, sosfilt
 
 from recipes.corpus import HOP, RATE, Corpus
 from recipes.settings import Settings
@@ -37,6 +37,8 @@ class Acoustics(Settings):
         reverb: share of scenes in a room.
         reverb_s: reverberation time (T60), uniform.
         narrow_band: share of scenes heard through a telephone band.
+        clatter: share of scenes with taps, clicks and rustling.
+        clatter_snr_db: ratio of the speech to the loudest of them, uniform.
     """
 
     level_db: tuple[float, float] = (-52.0, -16.0)
@@ -47,6 +49,8 @@ class Acoustics(Settings):
     reverb: float = 0.4
     reverb_s: tuple[float, float] = (0.12, 0.6)
     narrow_band: float = 0.05
+    clatter: float = 0.0
+    clatter_snr_db: tuple[float, float] = (-6.0, 20.0)
 
 
 class Conversation(Settings):
@@ -283,6 +287,9 @@ class _Stage:
         if self.simulator.corpus.noises and (rng.random() < how.noise or not self.tracks):
             noise = self._noise(len(wave))
             wave += noise * (loudness / _rms(noise) * 10 ** (-rng.uniform(*how.noise_snr_db) / 20))
+        if how.clatter and rng.random() < how.clatter:
+            noise = clatter(rng, len(wave))
+            wave += noise * (loudness * 10 ** (-rng.uniform(*how.clatter_snr_db) / 20))
         if rng.random() < how.narrow_band:
             edges = (rng.uniform(150, 350), rng.uniform(3000, 3800))
             band = butter(4, edges, "band", fs=RATE, output="sos")
@@ -324,6 +331,36 @@ def colored(rng: np.random.Generator, length: int) -> NDArray[np.floating]:
     spectrum *= (np.maximum(np.arange(len(spectrum)), 8) ** -slope).astype(np.float32)
     noise = np.fft.irfft(spectrum)
     return np.resize(noise, length).astype(np.float32)
+
+
+def clatter(rng: np.random.Generator, length: int) -> NDArray[np.float32]:
+    """What hands do on a table: knocks, keys, paper. The loudest has an RMS of one.
+
+    Knocks are three damped resonances of 200…5,000 Hz; rustling is noise through a resonance of the
+    same range under a smooth envelope of 30…400 ms. They come singly, 0.2…6 a second.
+    """
+    wave = np.zeros(length, np.float32)
+    rate = float(np.exp(rng.uniform(np.log(0.2), np.log(6.0))))
+    rustle = rng.random()
+    for _ in range(int(rng.poisson(rate * length / RATE))):
+        soft = rng.random() < rustle
+        size = int(RATE * np.exp(rng.uniform(np.log(0.03), np.log(0.4 if soft else 0.12))))
+        time = np.arange(size, dtype=np.float32) / RATE
+        if soft:
+            turn = 2 * np.pi * np.exp(rng.uniform(np.log(200), np.log(5000))) / RATE
+            radius = rng.uniform(0.6, 0.95)
+            coefficients = [1, -2 * radius * np.cos(turn), radius**2]
+            event = lfilter([1.0], coefficients, rng.standard_normal(size)) * np.hanning(size)
+        else:
+            tones = np.exp(rng.uniform(np.log(200), np.log(5000), (3, 1)))
+            waves = np.sin(2 * np.pi * tones * time + rng.uniform(0, 6.28, (3, 1)))
+            event = (rng.uniform(0.2, 1, (3, 1)) * waves).sum(0)
+            event = event * np.exp(-time * rng.uniform(20, 200))
+        event *= 10 ** (-rng.exponential(6) / 20) / (np.sqrt((event**2).mean()) + 1e-9)
+        at = int(rng.integers(length))
+        size = min(size, length - at)
+        wave[at : at + size] += event[:size]
+    return wave
 
 
 def _rms(wave: NDArray[np.float32], where: NDArray[np.bool_] | None = None) -> float:
