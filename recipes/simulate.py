@@ -37,6 +37,7 @@ class Acoustics(Settings):
         reverb: share of scenes in a room.
         reverb_s: reverberation time (T60), uniform.
         narrow_band: share of scenes heard through a telephone band.
+        clean: share of scenes of one utterance that are left as recorded but for the level.
         clatter: share of scenes with taps, clicks and rustling.
         clatter_snr_db: ratio of the speech to the loudest of them, uniform.
     """
@@ -49,6 +50,7 @@ class Acoustics(Settings):
     reverb: float = 0.4
     reverb_s: tuple[float, float] = (0.12, 0.6)
     narrow_band: float = 0.05
+    clean: float = 0.0
     clatter: float = 0.0
     clatter_snr_db: tuple[float, float] = (-6.0, 20.0)
 
@@ -154,7 +156,8 @@ class Simulator:
         at = int(rng.integers(hops - (last - first) + 1))
         stage = _Stage(self, rng, hops)
         stage.say(0, index, first, last, at)
-        scene = stage.finish()
+        clean = self.acoustics.clean
+        scene = stage.finish(clean=clean > 0 and rng.random() < clean)
         scene.text = item.text if whole else ""
         return scene
 
@@ -269,19 +272,28 @@ class _Stage:
         )
         self.utterances[local] = index
 
-    def finish(self) -> Scene:
-        """Levels, room, noise and band → the scene."""
+    def finish(self, *, clean: bool = False) -> Scene:
+        """Levels, room, noise and band → the scene; a ``clean`` one has its level alone."""
         rng, how = self.rng, self.simulator.acoustics
         wave = np.zeros(self.hops * HOP, np.float32)
         level = rng.uniform(*how.level_db)
-        reverb = rng.uniform(*how.reverb_s) if rng.random() < how.reverb else 0.0
+        reverb = rng.uniform(*how.reverb_s) if rng.random() < how.reverb and not clean else 0.0
         for local, track in self.tracks.items():
             gain = 10 ** ((level + how.speaker_level_db * rng.standard_normal()) / 20)
             track *= gain / _rms(track, np.repeat(self.activity[:, local], HOP))
             if reverb:
                 track = oaconvolve(track, room(rng, reverb))[: len(wave)].astype(np.float32)
             wave += track
-        loudness = 10 ** (level / 20)
+        if not clean:
+            wave = self._dirty(wave, 10 ** (level / 20))
+        peak = np.abs(wave).max()
+        if peak > 0.99:
+            wave *= 0.99 / peak
+        return Scene(wave, self.activity, self.rows, self.utterances)
+
+    def _dirty(self, wave: NDArray[np.float32], loudness: float) -> NDArray[np.float32]:
+        """Adds what the microphone hears beside the speakers, and what the line takes away."""
+        rng, how = self.rng, self.simulator.acoustics
         tone = colored(rng, len(wave))
         wave += tone * (loudness / _rms(tone) * 10 ** (-rng.uniform(*how.room_tone_snr_db) / 20))
         if self.simulator.corpus.noises and (rng.random() < how.noise or not self.tracks):
@@ -294,10 +306,7 @@ class _Stage:
             edges = (rng.uniform(150, 350), rng.uniform(3000, 3800))
             band = butter(4, edges, "band", fs=RATE, output="sos")
             wave = np.asarray(sosfilt(band, wave), np.float32)
-        peak = np.abs(wave).max()
-        if peak > 0.99:
-            wave *= 0.99 / peak
-        return Scene(wave, self.activity, self.rows, self.utterances)
+        return wave
 
     def _noise(self, length: int) -> NDArray[np.float32]:
         """A recorded noise, repeated from a random place."""
