@@ -143,8 +143,10 @@ class Simulator:
             many = [name for name in sources if len(self._filling(name, hops)) > 20]
             sources = {name: sources[name] for name in many} or sources
         corpus = _choose(rng, sources)
-        fitting = self._filling(corpus, hops) if whole else np.empty(0, np.int64)
-        whole = len(fitting) > 0
+        fitting = self._filling(corpus, hops)
+        if not len(fitting):
+            fitting = self.by_corpus[corpus][self.spoken[corpus] <= hops - 4]
+        whole = whole and len(fitting) > 0
         index = int(rng.choice(fitting if whole else self.by_corpus[corpus]))
         item = self.corpus.utterances[index]
         first, last = self.bounds[index]
