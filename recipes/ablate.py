@@ -4,10 +4,10 @@ With and without the utterance-wise contrastive loss, with and without utterance
 one seed, one order of data. The encoder is then frozen, and two small probes read a learnt weighted
 sum of its layers, as SUPERB's do (arXiv 2105.01051):
 
-- speaker: mean and deviation over time, one linear layer, additive-margin softmax over the training
-  speakers; equal error rate over all pairs of utterances of the development speakers;
-- diarization: one bidirectional LSTM and three outputs under permutation-invariant loss; frame error
-  (missed, false, confused) on simulated conversations of the development speakers.
+- speaker: mean and deviation over time, one linear layer, additive-margin softmax over the
+  training speakers; equal error rate over all pairs of utterances of the development speakers;
+- diarization: one bidirectional LSTM and three outputs under permutation-invariant loss; frame
+  error (missed, false, confused) on simulated conversations of the development speakers.
 
 An arm that was finished is not run again; the table is written after each.
 """
@@ -169,9 +169,8 @@ def diarization_error(encoder: UniSpeechSatModel, corpus: Corpus, settings: Abla
     targets: dict[str, Tensor] = {}
     for split, count in zip(("train", "dev"), settings.scenes, strict=True):
         sources = {"speechocean762": 0.5, "librispeech": 0.5} if split == "train" else {}
-        sources = {
-            k: v for k, v in sources.items() if corpus_has(corpus, k, split)
-        } or dict.fromkeys(sorted({u.corpus for u in corpus.utterances if u.split == split}), 1.0)
+        present = sorted({item.corpus for item in corpus.utterances if item.split == split})
+        sources = {k: v for k, v in sources.items() if k in present} or dict.fromkeys(present, 1.0)
         style = Conversation(speakers=(0.0, 0.6, 0.4), sources=sources)
         acoustics = Acoustics(level_db=(-35, -20), noise_snr_db=(10, 30), narrow_band=0)
         simulator = Simulator(corpus, acoustics, style, split=split)
@@ -203,11 +202,6 @@ def diarization_error(encoder: UniSpeechSatModel, corpus: Corpus, settings: Abla
         pairs = [frame_error(*pair) for pair in zip(logits, targets["dev"], strict=True)]
         found.append(100 * sum(wrong for wrong, _ in pairs) / sum(total for _, total in pairs))
     return found
-
-
-def corpus_has(corpus: Corpus, name: str, split: str) -> bool:
-    """Whether a corpus has utterances of a split."""
-    return any(item.corpus == name and item.split == split for item in corpus.utterances)
 
 
 def measure(name: str, settings: Ablate) -> dict[str, Any]:

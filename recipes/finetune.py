@@ -5,11 +5,9 @@ A step is two batches: whole utterances (speaker, text, activity) and simulated 
 resumed makes the same steps as one that was not.
 """
 
-import json
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from model.state import Window
 from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
+from recipes.loop import ALONE, World, average_gradients, device_of, ramp, train, world
 from recipes.objectives import (
     VoiceTargets,
     ctc_loss,
@@ -82,6 +82,8 @@ class Finetune(Settings):
         left: their left contexts.
         stream_from: first step with streaming batches.
         whole: share of batches with full context from then on.
+        keep: steps whose checkpoint stays.
+        device: cpu, cuda, or auto.
         save_s: seconds between checkpoints.
         log_steps: steps between lines of the log.
         bfloat16: autocast to bfloat16.
@@ -111,6 +113,8 @@ class Finetune(Settings):
     left: list[int]
     stream_from: int
     whole: float = 0.25
+    keep: list[int] = []  # noqa: RUF012  (pydantic copies defaults)
+    device: str = "auto"
     save_s: float = 120
     log_steps: int = 20
     bfloat16: bool = True
@@ -153,6 +157,16 @@ class Batch:
     utterances: Tensor
     texts: list[str]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return Batch(
+            *(
+                part.to(device)
+                for part in (self.wave, self.activity, self.rows, self.owner, self.utterances)
+            ),
+            texts=self.texts,
+        )
+
     @staticmethod
     def of(scenes: list[Scene], frames: int) -> "Batch":
         """Stacks scenes of one length and cuts the labels to the student's frames."""
@@ -170,14 +184,21 @@ class Batch:
         )
 
 
-def draw(settings: Finetune, simulator: Simulator, step: int) -> list[tuple[Batch, Window | None]]:
-    """The two batches of a step and the window each is seen through, drawn from (seed, step)."""
+Drawn = list[tuple[Batch, Window | None]]
+"""The batches of a step, each with the window it is seen through: utterances, conversations."""
+
+
+def draw(settings: Finetune, simulator: Simulator, step: int, rank: int = 0) -> Drawn:
+    """The two batches of a step and the window each is seen through.
+
+    Drawn from the seed, the step and the process's rank.
+    """
     s = settings.at(step)
     if simulator.acoustics != s.acoustics or simulator.conversation != s.conversation:
         simulator.acoustics, simulator.conversation = s.acoustics, s.conversation
     config = s.shape.config()
-    rng = np.random.default_rng([s.seed, step])
-    drawn: list[tuple[Batch, Window | None]] = []
+    rng = np.random.default_rng([s.seed, step, rank] if rank else [s.seed, step])
+    drawn: Drawn = []
     for lengths, total in (
         (s.utterance_hops, s.utterance_batch_hops),
         (s.talk_hops, s.talk_batch_hops),
@@ -210,16 +231,16 @@ def _start_worker(settings: Finetune) -> None:
     _simulator = Simulator(Corpus(settings.data), settings.acoustics, settings.conversation)
 
 
-def _draw_in_worker(settings: Finetune, step: int) -> list[tuple[Batch, Window | None]]:
-    return draw(settings, _simulator, step)
+def _draw_in_worker(settings: Finetune, step: int, rank: int) -> Drawn:
+    return draw(settings, _simulator, step, rank)
 
 
 class Feed:
     """Batches of a run's steps, made ahead of them by other processes."""
 
-    def __init__(self, settings: Finetune, ahead: int = 6) -> None:
-        self.settings, self.ahead = settings, ahead
-        self.pending: dict[int, Future[list[tuple[Batch, Window | None]]]] = {}
+    def __init__(self, settings: Finetune, rank: int = 0, ahead: int = 6) -> None:
+        self.settings, self.rank, self.ahead = settings, rank, ahead
+        self.pending: dict[int, Future[Drawn]] = {}
         self.pool: ProcessPoolExecutor | None = None
         if settings.workers:
             self.pool = ProcessPoolExecutor(
@@ -229,13 +250,13 @@ class Feed:
             corpus = Corpus(settings.data)
             self.simulator = Simulator(corpus, settings.acoustics, settings.conversation)
 
-    def __call__(self, step: int) -> list[tuple[Batch, Window | None]]:
+    def __call__(self, step: int) -> Drawn:
         """The batches of ``step``; those of the next ones are begun."""
         if self.pool is None:
-            return draw(self.settings, self.simulator, step)
+            return draw(self.settings, self.simulator, step, self.rank)
         for wanted in range(step, min(step + self.ahead, self.settings.steps)):
             if wanted not in self.pending:
-                future = self.pool.submit(_draw_in_worker, self.settings, wanted)
+                future = self.pool.submit(_draw_in_worker, self.settings, wanted, self.rank)
                 self.pending[wanted] = future
         return self.pending.pop(step).result()
 
@@ -246,13 +267,14 @@ class Feed:
 
 
 class Run:
-    """Everything that changes while training, and how it is stored."""
+    """Everything that changes while training; see `recipes.loop.Trainable`."""
 
-    def __init__(self, settings: Finetune) -> None:
+    def __init__(self, settings: Finetune, who: World = ALONE) -> None:
         self.settings = settings
+        self.device = device_of(settings.device)
         torch.manual_seed(settings.seed)
         self.corpus = Corpus(settings.data)
-        self.feed = Feed(settings)
+        self.feed = Feed(settings, who.rank)
         self.targets = voice_targets(self.corpus)
         self.speaker_rows = torch.tensor(
             [self.targets.names.get(item.speaker, -1) for item in self.corpus.utterances]
@@ -266,6 +288,9 @@ class Run:
         start_voice(self.student, self.targets)
         if settings.campplus is not None:
             start_from_teacher(self.student, self.targets, settings.campplus)
+        for module in (self.student, self.mel, self.content):
+            module.to(self.device)
+        self.targets.to(self.device)
         self.average = {name: p.detach().clone() for name, p in self.student.named_parameters()}
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=True)
         self.step = 0
@@ -280,14 +305,15 @@ class Run:
         beside = [*self.mel.parameters(), *self.content.parameters()]
         yield {"params": beside, "scale": 1.0, "weight_decay": 0.0}
 
-    # ---- one step ----
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.settings.steps
 
     def rate(self, step: int) -> float:
-        """Learning rate: a ramp, a plateau, a linear end."""
+        """Learning rate of a step."""
         s = self.settings
-        rise = min(1.0, (step + 1) / s.warm_up_steps)
-        fall = min(1.0, max(0.0, (s.steps - step) / max(s.decay_steps, 1)))
-        return s.rate * rise * fall
+        return s.rate * ramp(step, s.steps, s.warm_up_steps, s.decay_steps)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Every loss of a batch by name, not yet weighted."""
@@ -300,9 +326,9 @@ class Run:
             "ctc": ctc_loss(out.characters, batch.texts),
         }
         where = batch.rows >= 0
-        rows = torch.zeros(*where.shape, out.voice.shape[-1])
+        rows = torch.zeros(*where.shape, out.voice.shape[-1], device=self.device)
         assert self.corpus.voice is not None
-        rows[where] = torch.from_numpy(self.corpus.voice[batch.rows[where].numpy()]).float()
+        rows[where] = self._teacher(self.corpus.voice, batch.rows[where])
         losses["dense"] = targets.dense_loss(out.voice, rows, where)
         losses |= self.content_losses(batch, out)
         # one embedding a local speaker who talks alone for at least a second
@@ -312,10 +338,10 @@ class Run:
             embedding = self.student.embed(out.voice[row], mass[row, :, local])
             utterance = batch.utterances[row, local]
             losses["cosine"], losses["nce"] = targets.embedding_losses(
-                embedding, utterance, self.speaker_rows[utterance]
+                embedding, utterance, self.speaker_rows[utterance.cpu()].to(self.device)
             )
         if self.step < self.settings.at(self.step).weights.mel_steps:
-            energies = filterbank(batch.wave, self.mel_filters)
+            energies = filterbank(batch.wave, self.mel_filters.to(self.device))
             energies = F.avg_pool1d(energies.transpose(1, 2), 2).transpose(1, 2)
             energies = energies[:, : out.features.shape[1]] / 4
             losses["mel"] = F.mse_loss(self.mel(out.features).float(), energies)
@@ -335,17 +361,21 @@ class Run:
         where = rows >= 0
         if not bool(where.any()):
             return {}
-        at = rows[where].numpy()
-        mean, deviation = self.content_statistics
-        wanted = (torch.from_numpy(corpus.content[at]).float() - mean) / deviation
+        at = rows[where]
+        mean, deviation = (part.to(self.device) for part in self.content_statistics)
+        wanted = (self._teacher(corpus.content, at) - mean) / deviation
         losses = {"content": F.mse_loss(self.content(out.hidden[where]).float(), wanted)}
         if corpus.characters is not None:
-            posteriors = torch.zeros(*where.shape, out.characters.shape[-1])
+            posteriors = torch.zeros(*where.shape, out.characters.shape[-1], device=self.device)
             posteriors[..., 0] = 1  # nothing is said where nobody talks
-            posteriors[where] = torch.from_numpy(corpus.characters[at]).float()
+            posteriors[where] = self._teacher(corpus.characters, at)
             heard = where | ~batch.activity.any(-1)
             losses["reading"] = reading_loss(out.characters[heard], posteriors[heard])
         return losses
+
+    def _teacher(self, rows: NDArray[np.float16], at: Tensor) -> Tensor:
+        """Rows of a teacher.  at: [N] → [N, C] on the run's device"""
+        return torch.from_numpy(rows[at.cpu().numpy()]).to(self.device).float()
 
     def advance(self) -> dict[str, float]:
         """Makes one step and gives its losses."""
@@ -356,14 +386,16 @@ class Run:
         weights = s.weights.model_dump()
         weights["mel"] *= max(0.0, 1 - self.step / max(s.weights.mel_steps, 1))
         seen: dict[str, float] = {}
-        for kind, (batch, window) in zip(("u", "c"), self.feed(self.step), strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=s.bfloat16):
+        for kind, (drawn, window) in zip(("u", "c"), self.feed(self.step), strict=True):
+            batch = drawn.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bfloat16):
                 out = self.student(batch.wave, window)
                 losses = self.losses(batch, out)
             total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
             total.backward()
             seen |= {f"{kind}.{name}": float(loss.detach()) for name, loss in losses.items()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters)
         seen["norm"] = float(nn.utils.clip_grad_norm_(parameters, 1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["scale"]
@@ -376,18 +408,9 @@ class Run:
                 self.average[name].lerp_(parameter, 1 - keep)
         return seen
 
-    # ---- storage ----
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint of the run."""
-        return self.settings.run / "checkpoint.pt"
-
-    def save(self) -> None:
-        """Writes the checkpoint in one move: a cut leaves the old one whole."""
-        self.settings.run.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
+    def state(self) -> dict[str, Any]:
+        """See `recipes.loop.Trainable.state`."""
+        return {
             "shape": self.settings.shape.model_dump(),
             "student": dict(self.student.named_parameters()),
             "mel": self.mel.state_dict(),
@@ -395,19 +418,13 @@ class Run:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.path)
 
-    def resume(self) -> bool:
-        """Goes on from the checkpoint, if there is one."""
-        if not self.path.exists():
-            return False
-        state = torch.load(self.path, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                parameter.copy_(state["student"][name])
-                self.average[name].copy_(state["average"][name])
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """See `recipes.loop.Trainable.load`; settings that have changed since count."""
+        for name, parameter in self.student.named_parameters():
+            parameter.copy_(state["student"][name])
+            self.average[name].copy_(state["average"][name])
         self.mel.load_state_dict(state["mel"])
         self.content.load_state_dict(state["content"])
         scales = [group["scale"] for group in self.optimizer.param_groups]
@@ -415,8 +432,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, scale, decay in zip(self.optimizer.param_groups, scales, decays, strict=True):
             group["scale"], group["weight_decay"] = scale, decay
-        self.step = state["step"]
-        return True
 
 
 def voice_targets(corpus: Corpus) -> VoiceTargets:
@@ -463,35 +478,23 @@ def main() -> None:
     """Command line of the stage."""
     settings = from_arguments(Finetune, "finetune", "train the encoder and its heads")
     torch.set_num_threads(settings.threads)
-    run = Run(settings)
-    print(f"{'resumed at' if run.resume() else 'new run, at'} step {run.step}", flush=True)
-    size = sum(p.numel() for p in run.student.parameters())
-    print(f"{size / 1e6:.2f} M parameters, {size * 2 / 1e6:.1f} MB as float16", flush=True)
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stop.append(received))
-    settings.run.mkdir(parents=True, exist_ok=True)
-    log = (settings.run / "log.jsonl").open("a")
-    saved = began = time.monotonic()
-    sums: dict[str, list[float]] = {}
-    while run.step < settings.steps and not stop:
-        for name, value in run.advance().items():
-            sums.setdefault(name, []).append(value)
-        if run.step % settings.log_steps == 0:
-            now = time.monotonic()
-            line = {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
-            line |= {"step": run.step, "s": round((now - began) / settings.log_steps, 3)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            print(" ".join(f"{name} {value:g}" for name, value in line.items()), flush=True)
-            sums, began = {}, now
-        if time.monotonic() - saved > settings.save_s:
-            run.save()
-            saved = time.monotonic()
-    run.save()
-    run.feed.close()
-    log.close()
-    print(f"saved at step {run.step}", flush=True)
+    with world(device_of(settings.device)) as who:
+        run = Run(settings, who)
+        if who.leads:
+            size = sum(p.numel() for p in run.student.parameters())
+            print(f"{size / 1e6:.2f} M parameters, {size * 2 / 1e6:.1f} MB as float16", flush=True)
+        try:
+            train(
+                run,
+                settings.run,
+                name="finetune",
+                save_s=settings.save_s,
+                log_steps=settings.log_steps,
+                keep=settings.keep,
+                who=who,
+            )
+        finally:
+            run.feed.close()
 
 
 if __name__ == "__main__":

@@ -76,11 +76,14 @@ class World:
         return self.rank == 0
 
 
+ALONE = World()
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """Joins the processes ``torchrun`` started, if it did: nccl between GPUs, gloo otherwise."""
     if "RANK" not in os.environ:
-        yield World()
+        yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -172,7 +175,7 @@ def train(
     save_s: float = 120,
     log_steps: int = 20,
     keep: Iterable[int] = (),
-    lone: World | None = None,
+    who: World = ALONE,
 ) -> None:
     """Runs until the last step, or until SIGTERM or Ctrl-C, and saves.
 
@@ -183,9 +186,8 @@ def train(
         save_s: Seconds between checkpoints.
         log_steps: Steps whose mean is one line of the log.
         keep: Steps whose checkpoint stays, as ``step-N.pt``.
-        lone: The processes that train together.
+        who: The processes that train together.
     """
-    who = lone or World()
     found = resume(trainable, folder)
     stop: list[int] = []
     previous = {

@@ -21,8 +21,8 @@ def pit_loss(logits: Tensor, target: Tensor) -> Tensor:
         target[..., None, :].expand(B, T, S, S).to(logits.dtype),
         reduction="none",
     ).mean(1)
-    orders = torch.tensor(list(permutations(range(S))))
-    losses = pair[:, torch.arange(S), orders].mean(-1)
+    orders = torch.tensor(list(permutations(range(S))), device=logits.device)
+    losses = pair[:, torch.arange(S, device=logits.device), orders].mean(-1)
     return losses.min(1).values.mean()
 
 
@@ -82,6 +82,12 @@ class VoiceTargets:
         self.embeddings = F.normalize(embeddings - self.centre, dim=1)
         _, axes = torch.linalg.eigh(self.bank.T @ self.bank)
         self.axis = axes[:, -1] * axes[:, -1].sum().sign()  # eigh leaves the sign open
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to another device."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
 
     def order(self, utterances: Tensor) -> Tensor:
         """Which output each speaker of a scene is nudged to.  [B, 3], −1 for none → [B, 3].

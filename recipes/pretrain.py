@@ -206,7 +206,7 @@ def pretrain(settings: Pretrain) -> Pretraining:
             name="pretrain",
             save_s=settings.save_s,
             log_steps=settings.log_steps,
-            lone=who,
+            who=who,
         )
     return run
 

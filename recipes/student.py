@@ -166,7 +166,7 @@ class Student(nn.Module):
         square = torch.einsum("pt,ptc->pc", mass / n, voice**2)
         variance = (square - mean**2) * n / (n - 1).clamp(min=1e-6)
         pooled = torch.cat([mean, (variance.clamp(min=0) + 1e-5).sqrt()], 1)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(pooled.device.type, enabled=False):
             return self.speaker.feature_extractor(pooled)
 
 
@@ -179,7 +179,7 @@ def _stay_in_float32(conv: nn.Conv1d) -> None:
     plain = conv.forward
 
     def forward(input: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             return plain(input)
 
     conv.forward = forward

@@ -50,7 +50,7 @@ def filterbank(wave: Tensor, filters: Tensor) -> Tensor:
     frames = wave.unfold(-1, 400, 160)
     frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
-    window = torch.hann_window(400, periodic=False) ** 0.85
+    window = torch.hann_window(400, periodic=False, device=wave.device) ** 0.85
     spectrum = torch.fft.rfft((frames - 0.97 * previous) * window, 512).abs() ** 2
     energies = (spectrum @ filters).clamp(min=torch.finfo(torch.float32).eps).log()
     return energies - energies.mean(-2, keepdim=True)
