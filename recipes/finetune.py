@@ -34,6 +34,7 @@ from recipes.objectives import (
     reading_loss,
 )
 from recipes.reader import content_statistics
+from recipes.rooms import load as load_rooms
 from recipes.settings import Settings, from_arguments, override
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from recipes.student import Outputs, Shape, Student
@@ -220,6 +221,16 @@ def draw(settings: Finetune, simulator: Simulator, step: int, rank: int = 0) -> 
     return drawn
 
 
+def simulator_of(settings: Finetune) -> Simulator:
+    """The scenes of a run, in the rooms of its data folder."""
+    return Simulator(
+        Corpus(settings.data),
+        settings.acoustics,
+        settings.conversation,
+        rooms=load_rooms(settings.data),
+    )
+
+
 _simulator: Simulator
 """A worker process's own."""
 
@@ -228,7 +239,7 @@ def _start_worker(settings: Finetune) -> None:
     global _simulator
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _simulator = Simulator(Corpus(settings.data), settings.acoustics, settings.conversation)
+    _simulator = simulator_of(settings)
 
 
 def _draw_in_worker(settings: Finetune, step: int, rank: int) -> Drawn:
@@ -247,8 +258,7 @@ class Feed:
                 settings.workers, get_context("spawn"), _start_worker, (settings,)
             )
         else:
-            corpus = Corpus(settings.data)
-            self.simulator = Simulator(corpus, settings.acoustics, settings.conversation)
+            self.simulator = simulator_of(settings)
 
     def __call__(self, step: int) -> Drawn:
         """The batches of ``step``; those of the next ones are begun."""
