@@ -23,7 +23,7 @@ from recipes.corpus import (
     write_noises,
 )
 from recipes.settings import Settings, from_arguments
-from recipes.teachers import Campplus, WhisperEncoder
+from recipes.teachers import Campplus, StandIn, WhisperEncoder
 
 
 class Prepare(Settings):
@@ -34,7 +34,8 @@ class Prepare(Settings):
         corpora: archives without their ending; a manifest of the same name lies beside each. An
             entry without a ``speaker`` has no verbatim text either.
         noise: archive of noises.
-        campplus: the voice teacher's state dict.
+        campplus: the voice teacher's state dict; none, and a stand-in of its shapes labels the
+            audio, to try the recipes out.
         whisper: folder of the content teacher, in CTranslate2's format; none, and there is none.
         bfloat16: run the voice teacher in bfloat16.
         threads: compute threads.
@@ -43,7 +44,7 @@ class Prepare(Settings):
     target: Path
     corpora: list[Path]
     noise: Path
-    campplus: Path
+    campplus: Path | None
     whisper: Path | None = None
     bfloat16: bool = True
     threads: int = 1
@@ -93,7 +94,8 @@ def label_voices(settings: Prepare) -> None:
     if corpus.voice is not None and len(corpus.voice) == len(corpus.audio):
         return
     dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
-    teacher = Campplus(settings.campplus, dtype)
+    weights = settings.campplus
+    teacher = StandIn() if weights is None else Campplus(weights, dtype)
     embeddings = np.zeros((len(corpus.utterances), EMBEDDING_CHANNELS), np.float32)
     if corpus.voice is not None and corpus.embeddings is not None:
         embeddings[: len(corpus.embeddings)] = corpus.embeddings
