@@ -1,9 +1,9 @@
 """The word trigram beside the CTC head: transcripts → ARPA, interpolated modified Kneser–Ney.
 
 Stands apart from the numbered stages: it needs text alone. Estimation is that of Chen and Goodman
-(1999, "An empirical study of smoothing techniques for language modeling"); what the unigrams'
-discounts free belongs to ``<unk>``, so that a word nobody wrote has the probability that the text
-itself says new words have. Rare n-grams are cut after estimation, and backoff weights make every
+(1999, "An empirical study of smoothing techniques for language modeling"). ``<unk>`` has the
+probability that Good and Turing give to all words the text does not have: the share of words in it
+that are there once. Rare n-grams are cut after estimation, and backoff weights make every
 distribution sum to one again. The file is read by KenLM as it is.
 """
 
@@ -141,15 +141,18 @@ def estimate(words: Sequence[str], tables: list[Table], cutoffs: Sequence[int]) 
             counts = np.where(np.isin(table.word, (UNKNOWN, BEGIN)), 0, counts)
         taken = discounts(counts)[np.minimum(counts, 3)]
         if order == 1:
-            found = (counts - taken) / counts.sum()
-            found[UNKNOWN] = taken.sum() / counts.sum()
+            free = taken.sum() / counts.sum()
+            once = (table.count[END + 1 :] == 1).sum() / table.count[END + 1 :].sum()
+            unknown = min(free, once)
+            said = counts > 0
+            found = (counts - taken) / counts.sum() + said * (free - unknown) / said.sum()
+            found[UNKNOWN] = unknown
         else:
             contexts = len(tables[order - 2].word)
             total = np.bincount(table.prefix, counts, contexts)
             free = np.bincount(table.prefix, taken, contexts)
             share = (free / np.maximum(total, 1))[table.prefix]
-            found = (counts - taken) / total[table.prefix]
-            found = found + share * probability[-1][table.suffix]
+            found = (counts - taken) / total[table.prefix] + share * probability[-1][table.suffix]
         probability.append(found)
     kept = [
         (table.count > cutoff) | (order == 0)
@@ -192,9 +195,9 @@ def arpa(model: Model, decimals: int) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """Lines of a text, gzip or not."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return [line for line in file if line.strip()]
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def write(text: str, path: Path) -> int:

@@ -29,16 +29,16 @@ Scores = NDArray[np.float32]
 NEVER: Final = -1e9
 """ln of a probability of zero: finite, so that a state is plain JSON."""
 
-SILENT: Final = math.log(0.99)
+SILENT: Final = math.log(0.98)
 """A frame whose blank is at least this probable moves no hypothesis against another."""
 
-UNLIKELY: Final = -7.0
+UNLIKELY: Final = -5.0
 """Symbols below this log-probability are not tried, …"""
 
 TRIED: Final = 8
 """… nor more than this many a frame."""
 
-HOPELESS: Final = 12.0
+HOPELESS: Final = 8.0
 """A hypothesis this far (in ln) behind the best is dropped."""
 
 
@@ -107,6 +107,10 @@ class Decoder(Protocol):
         """The words that are not certain, the last of them perhaps unfinished."""
         ...
 
+    def support(self) -> list[float]:
+        """For each of them, the probability that it and those before it stay."""
+        ...
+
     def finish(self) -> list[Spoken]:
         """Makes them certain; what comes begins another word."""
         ...
@@ -165,6 +169,10 @@ class Greedy:
         """See `Decoder`."""
         return [self.state.draft] if self.state.draft else []
 
+    def support(self) -> list[float]:
+        """See `Decoder`."""
+        return [1.0] if self.state.draft else []
+
     def finish(self) -> list[Spoken]:
         """See `Decoder`."""
         self.state.token = -1
@@ -180,7 +188,7 @@ class Greedy:
 
 @dataclass(slots=True)
 class Hypothesis:
-    """A text that may have been said since the last certain word; never changed in place.
+    """A text that may have been said since the last certain word; values are never changed.
 
     Attributes:
         key: The text, a space behind every finished word.
@@ -202,7 +210,7 @@ class Hypothesis:
 
     @property
     def rank(self) -> float:
-        """ln of its probability, language and all."""
+        """Its log-probability (ln), language and all."""
         return _add(self.blank, self.symbol) + self.outlook
 
 
@@ -257,9 +265,8 @@ class Beam:
         if len(likely) > TRIED:
             likely = likely[np.argsort(-scores[likely], kind="stable")[:TRIED]]
         tried = [(int(i), float(scores[i])) for i in likely if symbols.characters[i]]
-        state.hypotheses = self._pruned(
-            self._extended(silence, float(scores[symbols.delimiter]), tried, start)
-        )
+        silence, delimiter = max(silence, NEVER), max(float(scores[symbols.delimiter]), NEVER)
+        state.hypotheses = self._extended(silence, delimiter, tried, start)
         return self._agreed() + self._waited(start)
 
     @property
@@ -272,16 +279,35 @@ class Beam:
         best = self.state.hypotheses[0]
         return [*best.words, best.draft] if best.draft else list(best.words)
 
+    def support(self) -> list[float]:
+        """See `Decoder`."""
+        words = self.open()
+        shares = [0.0] * len(words)
+        whole = 0.0
+        for each in self.state.hypotheses:
+            share = math.exp(each.rank)
+            whole += share
+            texts = [word.text for word in each.words]
+            if each.draft is not None:
+                texts.append(each.draft.text)
+            for at, word in enumerate(words):
+                if texts[at : at + 1] != [word.text]:
+                    break
+                shares[at] += share
+        return [share / whole for share in shares]
+
     def finish(self) -> list[Spoken]:
         """See `Decoder`."""
-        ended = [
-            each if each.draft is None else self._ended(each, each.rank - each.outlook)
-            for each in self.state.hypotheses
-        ]
-        words = max(ended, key=lambda each: each.rank).words
+        best, top = list[Spoken](), -math.inf
+        for each in self.state.hypotheses:
+            words, rank = each.words, _add(each.blank, each.symbol)
+            if each.draft is not None:
+                words, rank = [*words, each.draft], rank + self._judged(each, each.draft)
+            if rank > top:
+                best, top = words, rank
         self.state.hypotheses = [_nothing()]
-        self._remember(words)
-        return [replace(word) for word in words]
+        self._remember(best)
+        return [replace(word) for word in best]
 
     def forget(self) -> None:
         """See `Decoder`."""
@@ -289,81 +315,81 @@ class Beam:
 
     def _extended(
         self, silence: float, delimiter: float, tried: list[tuple[int, float]], start: int
-    ) -> dict[str, Hypothesis]:
-        """All hypotheses one frame later, by their text."""
-        found: dict[str, Hypothesis] = {}
-        kept = self.state.hypotheses
-        top = max([silence, delimiter, *(score for _, score in tried)])
-        floor = kept[0].rank + top - HOPELESS
+    ) -> list[Hypothesis]:
+        """The best of what the hypotheses may be one frame later, best first.
+
+        Args:
+            silence: ln of the probability that the frame says nothing.
+            delimiter: … that a word ends.
+            tried: … of characters.
+            start: Sample at which the frame begins.
+        """
+        ways: dict[str, _Way] = {}
+        kept, text = self.state.hypotheses, self._symbols.text
+        said = dict(tried)
+        floor = kept[0].rank + max(silence, delimiter, *said.values(), NEVER) - HOPELESS
         for each in kept:
             total = _add(each.blank, each.symbol)
             room = floor - total - each.outlook  # what a frame must have to be worth a hypothesis
-            draft, token = each.draft, each.token
+            draft = each.draft
             if draft is None:
                 # A delimiter after a delimiter, or before any word, says nothing.
-                _put(found, replace(each, blank=total + _add(silence, delimiter), symbol=NEVER))
+                rest = total + _add(silence, delimiter)
+                _put(ways, each.key, _Way(rest, NEVER, 0.0, each, _RESTED))
             else:
-                again = next((score for index, score in tried if index == token), NEVER)
-                rested, held = total + silence, each.symbol + again
-                if held > rested:
-                    draft = replace(
-                        draft,
-                        end=start + HOP,
-                        total=draft.total + math.exp(min(again, 0.0)),
-                        count=draft.count + 1,
-                    )
-                _put(found, replace(each, draft=draft, blank=rested, symbol=held))
+                rest, held = total + silence, each.symbol + said.get(each.token, NEVER)
+                kind = _HELD if held > rest else _RESTED
+                _put(ways, each.key, _Way(rest, held, each.outlook, each, kind))
                 if delimiter >= room:
-                    _put(found, self._ended(each, total + delimiter))
+                    ended = total + delimiter + self._judged(each, draft)
+                    _put(ways, each.key + " ", _Way(ended, NEVER, 0.0, each, _ENDED))
             for index, score in tried:
                 if score < room:
                     continue
-                before = each.blank if index == token else total
-                if before > NEVER / 2:
-                    _put(found, self._spelled(each, index, before + score, score, start))
-        return found
-
-    def _spelled(
-        self, each: Hypothesis, index: int, symbol: float, score: float, start: int
-    ) -> Hypothesis:
-        """A hypothesis and one more character."""
-        character = self._symbols.text[index]
-        probability = math.exp(min(score, 0.0))
-        draft = each.draft
-        draft = Spoken(
-            text=character if draft is None else draft.text + character,
-            start=start if draft is None else draft.start,
-            end=start + HOP,
-            total=probability if draft is None else draft.total + probability,
-            count=1 if draft is None else draft.count + 1,
-        )
-        outlook = self._alpha * self._language.prefix(draft.text) + self._beta
-        return Hypothesis(
-            each.key + character, each.words, draft, index, NEVER, symbol, outlook
-        )
-
-    def _ended(self, each: Hypothesis, blank: float) -> Hypothesis:
-        """A hypothesis whose draft is a word now, judged after the words before it."""
-        draft = each.draft
-        assert draft is not None
-        history = [*self.state.history, *(word.text for word in each.words)]
-        history = tuple(history[-self._memory :]) if self._memory else ()
-        language = self._alpha * self._language.word(history, draft.text) + self._beta
-        words = [*each.words, draft]
-        return Hypothesis(each.key + " ", words, None, -1, blank + language, NEVER, 0.0)
-
-    def _pruned(self, found: dict[str, Hypothesis]) -> list[Hypothesis]:
-        """The best of them, best first, with the best one's probability for a unit."""
-        ranked = [(each.rank, each) for each in found.values()]
+                # The same character again is another one only after a silence.
+                before = each.blank if index == each.token else total
+                letters = text[index] if draft is None else draft.text + text[index]
+                outlook = self._alpha * self._language.prefix(letters) + self._beta
+                way = _Way(NEVER, before + score, outlook, each, index)
+                _put(ways, each.key + text[index], way)
+        ranked = [(_add(way.blank, way.symbol) + way.outlook, way) for way in ways.values()]
         ranked.sort(key=lambda pair: -pair[0])
+        # The best one's probability becomes the unit: nothing grows with the stream.
         top = ranked[0][0]
         return [
-            replace(
-                each, blank=max(each.blank - top, NEVER), symbol=max(each.symbol - top, NEVER)
-            )
-            for rank, each in ranked[: self._width]
+            self._made(way, top, said, start)
+            for rank, way in ranked[: self._width]
             if rank >= top - HOPELESS
         ]
+
+    def _made(self, way: "_Way", unit: float, said: dict[int, float], start: int) -> Hypothesis:
+        """The hypothesis that a way leads to."""
+        of = way.of
+        key, words, draft, token = of.key, of.words, of.draft, of.token
+        if way.kind == _ENDED:
+            assert draft is not None
+            key, words, draft, token = key + " ", [*words, draft], None, -1
+        elif way.kind != _RESTED:
+            token = token if way.kind == _HELD else way.kind
+            probability = math.exp(min(said[token], 0.0))
+            text = "" if way.kind == _HELD else self._symbols.text[token]
+            key += text
+            draft = Spoken(
+                text=draft.text + text if draft else text,
+                start=draft.start if draft else start,
+                end=start + HOP,
+                total=draft.total + probability if draft else probability,
+                count=draft.count + 1 if draft else 1,
+            )
+        blank, symbol = max(way.blank - unit, NEVER), max(way.symbol - unit, NEVER)
+        return Hypothesis(key, words, draft, token, blank, symbol, way.outlook)
+
+    def _judged(self, each: Hypothesis, draft: Spoken) -> float:
+        """What the language model says of a finished word after the words before it."""
+        history = list[str]()
+        if self._memory:
+            history = [*self.state.history, *(word.text for word in each.words)][-self._memory :]
+        return self._alpha * self._language.word(tuple(history), draft.text) + self._beta
 
     def _agreed(self) -> list[Spoken]:
         """Takes the words out that all hypotheses begin with."""
@@ -402,16 +428,39 @@ class Beam:
         self.state.history = history[-self._memory :] if self._memory else []
 
 
-def _put(found: dict[str, Hypothesis], new: Hypothesis) -> None:
-    """Adds the ways to a text to those found so far; times are those of the likelier way."""
-    old = found.get(new.key)
+@dataclass(slots=True)
+class _Way:
+    """How a hypothesis goes on, before it is known whether that is worth a new one.
+
+    Attributes:
+        blank: As in `Hypothesis`.
+        symbol: Likewise.
+        outlook: Likewise.
+        of: Which goes on.
+        kind: The character it takes, or what else happens to it.
+    """
+
+    blank: float
+    symbol: float
+    outlook: float
+    of: Hypothesis
+    kind: int
+
+
+_RESTED: Final = -1  # nothing is said
+_HELD: Final = -2  # its last character goes on
+_ENDED: Final = -3  # its draft becomes a word
+
+
+def _put(ways: dict[str, _Way], key: str, new: _Way) -> None:
+    """Adds a way to a text to those found so far; the text's times are those of the likeliest."""
+    old = ways.get(key)
     if old is None:
-        found[new.key] = new
+        ways[key] = new
         return
-    main = new if _add(new.blank, new.symbol) > _add(old.blank, old.symbol) else old
-    found[new.key] = replace(
-        main, blank=_add(old.blank, new.blank), symbol=_add(old.symbol, new.symbol)
-    )
+    if max(new.blank, new.symbol) > max(old.blank, old.symbol):
+        old.of, old.kind = new.of, new.kind
+    old.blank, old.symbol = _add(old.blank, new.blank), _add(old.symbol, new.symbol)
 
 
 def _rested(each: Hypothesis) -> Hypothesis:
@@ -422,7 +471,7 @@ def _rested(each: Hypothesis) -> Hypothesis:
 
 
 def _add(one: float, other: float) -> float:
-    """ln of the sum of two probabilities."""
+    """Two log-probabilities (ln) → that of their sum."""
     if one < other:
         one, other = other, one
     apart = other - one

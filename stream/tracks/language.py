@@ -104,13 +104,13 @@ class LanguageModel:
         return cls(ngram, unigrams)
 
     def _prefix(self, letters: str) -> float:
-        """ln of the probability that a word begins so, whatever came before it."""
+        """Log-probability that a word begins so, whatever came before it."""
         letters = letters.lower()
         unseen = self._unknown * math.exp(self._spelling.prefix(letters))
         return math.log(self._begun.get(letters, 0.0) + unseen + 1e-300)
 
     def _word(self, history: tuple[str, ...], word: str) -> float:
-        """ln of the probability of a word after ``order - 1`` others, or those since `BEGIN`."""
+        """Log-probability of a word after ``order - 1`` others, or those since `BEGIN`."""
         state, after = self._state(), self._state()
         if history and history[0] == BEGIN:
             self._ngram.BeginSentenceWrite(state)
@@ -154,11 +154,11 @@ class Spelling:
         return (counts + self.PRIOR * below) / (total + self.PRIOR)
 
     def prefix(self, letters: str) -> float:
-        """ln of the probability that a spelling begins so."""
+        """Log-probability (ln) that a spelling begins so."""
         return sum(self._letter(letters, at) for at in range(len(letters)))
 
     def word(self, letters: str) -> float:
-        """ln of the probability of a whole spelling."""
+        """Log-probability (ln) of a whole spelling."""
         return self.prefix(letters) + self._letter(letters + "\n", len(letters))
 
     def _letter(self, letters: str, at: int) -> float:

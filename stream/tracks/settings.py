@@ -158,13 +158,13 @@ class WordsSettings(Settings):
     )
     beam_width: int = Field(default=16, ge=1, le=512, description="Texts kept at a time.")
     alpha: float = Field(
-        default=0.6, ge=0, le=10, description="Weight of the language model in the beam."
+        default=0.5, ge=0, le=10, description="Weight of the language model in the beam."
     )
     beta: float = Field(
         default=1.0, ge=-20, le=20, description="Bonus of a word in the beam, in nats."
     )
     commit_ms: int = Field(
-        default=2_000,
+        default=1_000,
         ge=200,
         le=10_000,
         description="A word becomes certain this long after its end at the latest.",
@@ -174,6 +174,12 @@ class WordsSettings(Settings):
         ge=0,
         le=5_000,
         description="An uncertain word appears in partials once it has read the same this long.",
+    )
+    stable_share: float = Field(
+        default=0.98,
+        ge=0,
+        le=1,
+        description="… and while hypotheses of this probability agree on it.",
     )
     partial_ms: int = Field(default=200, ge=20, description="The least time between partials.")
     word_gap_ms: int = Field(

@@ -93,6 +93,7 @@ class Words:
         self._segment_gap = hops(settings.segment_gap_ms)
         self._settle = hops(settings.settle_ms)
         self._stable = hops(settings.stable_ms) * HOP
+        self._support = settings.stable_share
         self._max_segment = hops(settings.max_segment_ms) * HOP
         self._partial = hops(settings.partial_ms) * HOP
         self._reach = hops(settings.reach_ms) * HOP
@@ -179,8 +180,9 @@ class Words:
         """The words that are not certain, up to the first that has read otherwise of late."""
         latest = self.state.cursor - self._stable
         words = list[Spoken]()
-        for word, since in zip(self._decoder.open(), self.state.since, strict=True):
-            if since > latest:
+        opened, support = self._decoder.open(), self._decoder.support()
+        for word, since, share in zip(opened, self.state.since, support, strict=True):
+            if since > latest or share < self._support:
                 break
             words.append(word)
         return words
@@ -192,6 +194,8 @@ class Words:
             return []
         events = list[Event]()
         turn = state.segment[-1].turn if state.segment else 0
+        if not turn and state.texts and state.quiet >= self._settle:
+            turn = self._holder(self._decoder.open()[0])
         over = bool(turn) and not self._turns.running(turn)
         if state.texts and (
             state.quiet >= self._word_gap
