@@ -32,13 +32,13 @@ NEVER: Final = -1e9
 SILENT: Final = math.log(0.98)
 """A frame whose blank is at least this probable moves no hypothesis against another."""
 
-UNLIKELY: Final = -5.0
+UNLIKELY: Final = -6.0
 """Symbols below this log-probability are not tried, …"""
 
 TRIED: Final = 8
 """… nor more than this many a frame."""
 
-HOPELESS: Final = 8.0
+HOPELESS: Final = 10.0
 """A hypothesis this far (in ln) behind the best is dropped."""
 
 

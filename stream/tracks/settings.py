@@ -156,12 +156,12 @@ class WordsSettings(Settings):
     language_model: Path | None = Field(
         default=None, description="ARPA file for the beam; null is the checkpoint's own."
     )
-    beam_width: int = Field(default=16, ge=1, le=512, description="Texts kept at a time.")
+    beam_width: int = Field(default=24, ge=1, le=512, description="Texts kept at a time.")
     alpha: float = Field(
-        default=0.5, ge=0, le=10, description="Weight of the language model in the beam."
+        default=0.8, ge=0, le=10, description="Weight of the language model in the beam."
     )
     beta: float = Field(
-        default=1.0, ge=-20, le=20, description="Bonus of a word in the beam, in nats."
+        default=1.5, ge=-20, le=20, description="Bonus of a word in the beam, in nats."
     )
     commit_ms: int = Field(
         default=1_000,
@@ -170,7 +170,7 @@ class WordsSettings(Settings):
         description="A word becomes certain this long after its end at the latest.",
     )
     stable_ms: int = Field(
-        default=200,
+        default=300,
         ge=0,
         le=5_000,
         description="An uncertain word appears in partials once it has read the same this long.",
