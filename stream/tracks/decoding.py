@@ -298,13 +298,16 @@ class Beam:
 
     def finish(self) -> list[Spoken]:
         """See `Decoder`."""
-        best, top = list[Spoken](), -math.inf
+        # A text and the same with a delimiter behind it are one now.
+        ended: dict[str, tuple[float, list[Spoken]]] = {}
         for each in self.state.hypotheses:
             words, rank = each.words, _add(each.blank, each.symbol)
             if each.draft is not None:
                 words, rank = [*words, each.draft], rank + self._judged(each, each.draft)
-            if rank > top:
-                best, top = words, rank
+            text = " ".join(word.text for word in words)
+            other, same = ended.get(text, (NEVER, words))
+            ended[text] = (_add(rank, other), same)
+        _, best = max(ended.values(), key=lambda pair: pair[0])
         self.state.hypotheses = [_nothing()]
         self._remember(best)
         return [replace(word) for word in best]

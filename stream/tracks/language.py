@@ -33,7 +33,7 @@ NAMES: Final = ("language_model.arpa.gz", "language_model.arpa")
 
 _SPECIAL: Final = frozenset({BEGIN, "</s>", UNKNOWN, "<UNK>"})
 _LN10: Final = math.log(10)
-_STRANGE: Final = 1e-4
+_STRANGE: Final = 1e-3
 """Probability of a letter that no word of the vocabulary has."""
 
 

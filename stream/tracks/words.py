@@ -97,6 +97,7 @@ class Words:
         self._max_segment = hops(settings.max_segment_ms) * HOP
         self._partial = hops(settings.partial_ms) * HOP
         self._reach = hops(settings.reach_ms) * HOP
+        self._notice()  # of a state that was saved with the other decoder, nothing is open
 
     def step(self, frames: Frames) -> list[Event]:
         """Takes the next frames of the stream."""
