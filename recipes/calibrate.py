@@ -5,7 +5,7 @@ candidates and kept where the error falls, over a few rounds. The six recorded c
 to trust alone, so simulated conversations of the development speakers weigh as much.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,21 @@ from pyannote.core import Annotation, Segment
 from model.state import Window
 from recipes.corpus import HOP, RATE, Corpus
 from recipes.export import load_student
-from recipes.score import Clip, diarization_error, diarize, frames_of, listen, read_clips
+from recipes.score import (
+    Clip,
+    diarization_error,
+    diarize,
+    frames_of,
+    listen,
+    read_clips,
+    sentences,
+    transcription_errors,
+)
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Simulator
 from recipes.student import Student
 from stream.tracks.frames import Frames
+from stream.tracks.language import LanguageModel
 from stream.tracks.settings import TracksSettings
 
 
@@ -37,7 +47,9 @@ class Calibrate(Settings):
         simulated: how many simulated conversations.
         simulated_hops: their length.
         recorded_share: weight of the recorded clips against the simulated ones.
-        candidates: dotted key of `TracksSettings` → values to try.
+        candidates: dotted key of `TracksSettings` → values to try for the least diarization error.
+        language_model: ARPA file of the beam search; null leaves decoding as it is.
+        decoding: as candidates, for the least character error with the language model.
         start: thresholds to begin with, nested like the file.
         rounds: passes over all keys.
         seed: of the simulation.
@@ -53,6 +65,8 @@ class Calibrate(Settings):
     simulated_hops: int = 1500
     recorded_share: float = 0.5
     candidates: dict[str, list[Any]]
+    language_model: Path | None = None
+    decoding: dict[str, list[Any]] = {}  # noqa: RUF012  (pydantic copies defaults)
     start: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies defaults)
     rounds: int = 2
     seed: int = 1
@@ -102,18 +116,18 @@ def nested(key: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def tune(student: Student, groups: list[tuple[float, list[Case]]], settings: Calibrate) -> Any:
-    """Coordinate descent over the candidates.  → the best `TracksSettings`."""
-
-    def cost(tracks: TracksSettings) -> float:
-        return sum(share * error(student, cases, tracks) for share, cases in groups)
-
-    best = TracksSettings().over(settings.start)
+def descend(
+    best: TracksSettings,
+    candidates: Mapping[str, list[Any]],
+    cost: Callable[[TracksSettings], float],
+    rounds: int,
+) -> TracksSettings:
+    """Coordinate descent over the candidates, from ``best`` on."""
     least = cost(best)
     print(f"start: {least:.2f}", flush=True)
-    for number in range(settings.rounds):
+    for number in range(rounds):
         before = least
-        for key, values in settings.candidates.items():
+        for key, values in candidates.items():
             for value in values:
                 try:
                     tracks = best.over(nested(key, value))
@@ -138,7 +152,8 @@ def main() -> None:
     chunk, left, right = settings.window
     window = Window(chunk=chunk, left=left, right=right)
     recorded = read_clips(settings.conversations)
-    simulated = simulated_clips(Corpus(settings.data), settings)
+    corpus = Corpus(settings.data)
+    simulated = simulated_clips(corpus, settings)
     groups: list[tuple[float, list[Case]]] = []
     for share, clips in (
         (settings.recorded_share, recorded),
@@ -146,7 +161,20 @@ def main() -> None:
     ):
         cases = [Case(clip, frames_of(listen(student, clip.wave, window))) for clip in clips]
         groups.append((share, cases))
-    best = tune(student, groups, settings)
+
+    def diarization(tracks: TracksSettings) -> float:
+        return sum(share * error(student, cases, tracks) for share, cases in groups)
+
+    best = TracksSettings().over(settings.start)
+    best = descend(best, settings.candidates, diarization, settings.rounds)
+    if settings.language_model is not None:
+        language = LanguageModel.load(settings.language_model)
+        heard = sentences(student, corpus, window)
+
+        def characters(tracks: TracksSettings) -> float:
+            return transcription_errors(heard, tracks, language)["CER"]
+
+        best = descend(best, settings.decoding, characters, settings.rounds)
     best.save(settings.target)
     for name, (_, cases) in zip(("recorded", "simulated"), groups, strict=True):
         print(f"{name}: DER {error(student, cases, best):.1f} %")

@@ -1,14 +1,15 @@
 """Stage 4: what a checkpoint is worth on the development data.
 
-Equal error rate on the development speakers, character error rate on their sentences, and the
-diarization error on the development conversations, through the very tracks the product runs, with
-the encoder seeing what a stream with the given window sees.
+Equal error rate on the development speakers, character and word error rate on their sentences
+(greedily, and with the language model), and the diarization error on the development
+conversations, through the very tracks the product runs, with the encoder seeing what a stream with
+the given window sees.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,20 @@ from torch import Tensor
 from model.state import Window
 from recipes.corpus import HOP, RATE, Corpus
 from recipes.export import load_student
-from recipes.objectives import encode
 from recipes.settings import Settings, from_arguments
 from recipes.student import VOCABULARY, Outputs, Student
 from recipes.teachers import equal_error_rate
-from sinks.events import Event, SpeakerRevised, TurnEnded
-from stream.tracks.frames import Frames
+from sinks.events import Event, SpeakerRevised, TranscriptFinal, TurnEnded
+from stream.score import Edits, character_errors, word_errors
+from stream.tracks.frames import Frames, Vocabulary
+from stream.tracks.language import LanguageModel
+from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
-from stream.tracks.turns import Turns
+from stream.tracks.turns import Stamp, Turns
 
 Floats = NDArray[np.float32]
+
+SYMBOLS = Vocabulary(VOCABULARY, blank=0)
 
 COMPONENTS = ("missed detection", "false alarm", "confusion", "total")
 
@@ -47,6 +52,7 @@ class Score(Settings):
         conversations: folder of audio and RTTM pairs.
         tracks: thresholds; the built-in ones where the file does not exist.
         window: chunk, left and look-ahead frames of the stream.
+        language_model: ARPA file of the beam search; null decodes greedily only.
         report: JSON file of the results.
         threads: compute threads.
     """
@@ -56,6 +62,7 @@ class Score(Settings):
     conversations: Path
     tracks: Path
     window: tuple[int, int, int] = (25, 500, 12)
+    language_model: Path | None = None
     report: Path
     threads: int = 1
 
@@ -90,6 +97,14 @@ def read_clips(folder: Path) -> list[Clip]:
     return clips
 
 
+@dataclass(slots=True)
+class Sentence:
+    """A recording with verbatim text, and the log-probabilities of its characters [T, V]."""
+
+    text: str
+    scores: Floats
+
+
 @torch.inference_mode()
 def listen(student: Student, wave: Floats, window: Window | None) -> Outputs:
     """One recording through the student."""
@@ -105,6 +120,24 @@ def frames_of(out: Outputs) -> Frames:
     )
 
 
+def stamper() -> Stamp:
+    """Envelopes of events whose clock does not matter."""
+    numbers = count()
+
+    def stamp(start: int, end: int) -> dict[str, Any]:
+        return {
+            "session_id": "score",
+            "stream_id": "score",
+            "seq": next(numbers),
+            "start": start / RATE,
+            "end": end / RATE,
+            "wall_time": "1970-01-01T00:00:00+00:00",
+            "lag_ms": 0.0,
+        }
+
+    return stamp
+
+
 def diarize(student: Student, frames: Frames, settings: TracksSettings, samples: int) -> Annotation:
     """Frames → turns with their final speakers."""
 
@@ -113,20 +146,7 @@ def diarize(student: Student, frames: Frames, settings: TracksSettings, samples:
         moments = (torch.as_tensor(np.asarray(part)) for part in (mass, first, second))
         return student.speaker.embed(*moments).numpy()
 
-    count = iter(range(1_000_000))
-
-    def stamp(start: int, end: int) -> dict[str, Any]:
-        return {
-            "session_id": "score",
-            "stream_id": "score",
-            "seq": next(count),
-            "start": start / RATE,
-            "end": end / RATE,
-            "wall_time": "1970-01-01T00:00:00+00:00",
-            "lag_ms": 0.0,
-        }
-
-    turns = Turns(settings, embed, stamp)
+    turns = Turns(settings, embed, stamper())
     return annotation([*turns.step(frames), *turns.flush(samples)])
 
 
@@ -213,29 +233,34 @@ def verification_error(unit: Tensor, names: list[str]) -> float:
     return round(100 * equal_error_rate(scores, label[left] == label[right]), 2)
 
 
-def character_error(student: Student, corpus: Corpus, window: Window | None) -> float:
-    """Greedy character error rate on the development sentences, in per cent."""
-    wrong = total = 0
+def sentences(student: Student, corpus: Corpus, window: Window | None) -> list[Sentence]:
+    """The development sentences with verbatim text, and what the CTC head says of each."""
+    found: list[Sentence] = []
     for index, item in enumerate(corpus.utterances):
-        if item.split != "dev" or not item.text:
-            continue
-        wave = corpus.wave(index)
-        best = listen(student, wave, window).characters[0].argmax(-1)
-        said = [i for i, _ in groupby(best.tolist()) if i > VOCABULARY.index("<unk>")]
-        meant = encode(item.text).tolist()
-        wrong += _distance(said, meant)
-        total += len(meant)
-    return round(100 * wrong / max(total, 1), 1)
+        if item.split == "dev" and item.text:
+            logits = listen(student, corpus.wave(index), window).characters[0]
+            found.append(Sentence(item.text, logits.float().log_softmax(-1).numpy()))
+    return found
 
 
-def _distance(a: list[int], b: list[int]) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        previous, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
-    return row[-1]
+def transcribe(scores: Floats, settings: TracksSettings, language: LanguageModel | None) -> str:
+    """Log-probabilities of a recording [T, V] → its words, by beam search if there is a model."""
+    frames = Frames(start=0, ctc=scores)
+    tracks = Tracks(settings, vocabulary=SYMBOLS, language=language, stamp=stamper())
+    events = [*tracks.step(frames), *tracks.flush(frames.end)]
+    return " ".join(event.text for event in events if isinstance(event, TranscriptFinal))
+
+
+def transcription_errors(
+    heard: Iterable[Sentence], settings: TracksSettings, language: LanguageModel | None
+) -> dict[str, float]:
+    """Character and word error rate, spaces counted as characters, in per cent."""
+    characters, words = Edits(), Edits()
+    for sentence in heard:
+        said = transcribe(sentence.scores, settings, language)
+        characters += character_errors(sentence.text, said)
+        words += word_errors(sentence.text, said)
+    return {"CER": round(100 * characters.rate, 1), "WER": round(100 * words.rate, 1)}
 
 
 def score(settings: Score) -> dict[str, Any]:
@@ -245,6 +270,9 @@ def score(settings: Score) -> dict[str, Any]:
     window = Window(chunk=chunk, left=left, right=right)
     corpus = Corpus(settings.data)
     tracks = TracksSettings.load(settings.tracks) if settings.tracks.exists() else TracksSettings()
+    language = None
+    if settings.language_model is not None:
+        language = LanguageModel.load(settings.language_model)
     clips = read_clips(settings.conversations)
     report: dict[str, Any] = {"checkpoint": str(settings.checkpoint), "window": settings.window}
     for name, seen in (("streamed", window), ("offline", None)):
@@ -264,7 +292,12 @@ def score(settings: Score) -> dict[str, Any]:
             unit, names = embeddings(student, corpus, seen, hops)
             length = "whole utterances" if seconds is None else f"{seconds} s"
             report[f"{name} EER, {length}"] = verification_error(unit, names)
-        report[f"{name} CER"] = character_error(student, corpus, seen)
+        heard = sentences(student, corpus, seen)
+        report[f"{name} CER and WER, greedy"] = transcription_errors(heard, tracks, None)
+        if language is not None:
+            report[f"{name} CER and WER, language model"] = transcription_errors(
+                heard, tracks, language
+            )
     return report
 
 

@@ -63,6 +63,12 @@ Left = Annotated[
 Compute = Annotated[
     str | None, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1.")
 ]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder", help="Words: greedy, beam (needs livesat[lm]), auto: beam where it can be had."
+    ),
+]
 ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Engine, tracks and log come from this file."),
@@ -130,6 +136,7 @@ def annotate(
     lookahead: Lookahead = None,
     left: Left = None,
     device: Compute = None,
+    decoder: Decoder = None,
     config: ConfigPath = None,
     voices: Voices = None,
 ) -> None:
@@ -146,7 +153,7 @@ def annotate(
         name,
         source,
         _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
-        _settings(config, checkpoint, chunk, lookahead, left, device, voices),
+        _settings(config, checkpoint, chunk, lookahead, left, device, voices, decoder),
         quiet=quiet,
         duration_s=duration_s,
     )
@@ -168,6 +175,7 @@ def listen(
     lookahead: Lookahead = None,
     left: Left = None,
     device: Compute = None,
+    decoder: Decoder = None,
     config: ConfigPath = None,
     voices: Voices = None,
 ) -> None:
@@ -179,7 +187,7 @@ def listen(
         "microphone",
         {"kind": "microphone", "device": chosen},
         _outputs(rttm=rttm, jsonl=jsonl, vtt=vtt, srt=srt),
-        _settings(config, checkpoint, chunk, lookahead, left, device, voices),
+        _settings(config, checkpoint, chunk, lookahead, left, device, voices, decoder),
         quiet=quiet,
         duration_s=None,
     )
@@ -239,6 +247,7 @@ def evaluate(
     lookahead: Lookahead = None,
     left: Left = None,
     device: Compute = None,
+    decoder: Decoder = None,
     config: ConfigPath = None,
 ) -> None:
     """Score recordings against their references, streaming and offline side by side."""
@@ -249,7 +258,7 @@ def evaluate(
     from stream.evaluate import evaluate as score
 
     # The configuration's own checks need a source; which one does not matter here.
-    settings = _settings(config, checkpoint, chunk, lookahead, left, device)
+    settings = _settings(config, checkpoint, chunk, lookahead, left, device, decoder=decoder)
     checked = parse({**settings, "sources": {"eval": {"kind": "stdin"}}}, where="livesat")
     checked.log.configure()
     seen: list[str] = []
@@ -382,10 +391,11 @@ def demo(
     lookahead: Lookahead = None,
     left: Left = None,
     device: Compute = None,
+    decoder: Decoder = None,
     config: ConfigPath = None,
 ) -> None:
     """Watch the demo conversation, then see how right it was."""
-    settings = _settings(config, checkpoint, chunk, lookahead, left, device)
+    settings = _settings(config, checkpoint, chunk, lookahead, left, device, decoder=decoder)
     with as_file(files("stream") / "demo") as folder, TemporaryDirectory() as scratch:
         audio = folder / "meeting.flac"
         heard = Path(scratch) / "meeting.rttm"
@@ -470,6 +480,7 @@ def _settings(
     left: int | None,
     device: str | None,
     voices: Path | None = None,
+    decoder: str | None = None,
 ) -> dict[str, Any]:
     """The configuration without sources and sinks: the file's, over it the options."""
     from stream.config import load
@@ -486,6 +497,9 @@ def _settings(
         data = load(config).model_dump(exclude={"sources", "sinks"}, exclude_unset=True)
     chosen = {key: value for key, value in given.items() if value is not None}
     data = {**data, "engine": {**data.get("engine", {}), **chosen}}
+    if decoder is not None:
+        tracks = data.get("tracks", {})
+        data["tracks"] = {**tracks, "words": {**tracks.get("words", {}), "decoder": decoder}}
     return data if voices is None else {**data, "voiceprints": voices}
 
 
@@ -502,8 +516,12 @@ def _score_table(result: "EvalResult") -> Table:
     scores = [("streaming", result.streaming)]
     if result.offline is not None:
         scores.append(("offline", result.offline))
-    window = f"{result.chunk_ms} + {result.lookahead_ms} ms"
-    title = f"{result.streaming.recordings} recordings, {result.streaming.audio_s:.0f} s, {window}"
+    title = (
+        f"{result.streaming.recordings} recordings, {result.streaming.audio_s:.0f} s, "
+        f"{result.chunk_ms} + {result.lookahead_ms} ms"
+    )
+    if result.decoder is not None:
+        title += f", words: {result.decoder}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("")
     for name, _ in scores:
@@ -527,6 +545,7 @@ def _score_table(result: "EvalResult") -> Table:
     if any(score.words is not None for _, score in scores):
         row("WER", lambda s: "–" if s.words is None else percent(s.words.rate))
         row("CER", lambda s: "–" if s.characters is None else percent(s.characters.rate))
+    row("partial words later changed", lambda s: percent(s.flicker))
     for at in (50, 99):
         row(
             f"latency p{at}",

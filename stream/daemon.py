@@ -25,7 +25,7 @@ from stream.fanout import Fanout
 from stream.metrics import Histogram
 from stream.session import Health, Session, Stamp
 from stream.sources.source import Block, Source, SourceError
-from stream.tracks import Gallery, Tracks, TracksSettings
+from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.voiceprints import Voiceprints, default_path
 
 log = structlog.get_logger(__name__)
@@ -111,6 +111,7 @@ async def run(
 
     Raises:
         ConfigError: the checkpoint's thresholds cannot be read.
+        LanguageModelError: words cannot be decoded with the language model that is asked for.
         EngineError: a checkpoint or device cannot be used, or slots are fewer than sources.
         SourceError: a source cannot be opened, in which case nothing ran; or one failed later, in
             which case its session was closed with reason "error" and all else ran to its end.
@@ -135,6 +136,12 @@ async def run(
                 f"but there are {len(config.sources)} sources; expected as many slots or more"
             )
         house.settings = await asyncio.to_thread(_thresholds, config, house.engine)
+        house.language = await asyncio.to_thread(
+            open_language_model,
+            house.settings.words,
+            house.engine.language_file,
+            house.engine.vocabulary,
+        )
         house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
@@ -156,6 +163,7 @@ class _House:
     fanout: Fanout = field(init=False)
     settings: TracksSettings = field(init=False)
     gallery: Gallery | None = field(init=False, default=None)
+    language: LanguageModel | None = field(init=False, default=None)
     batches: Batches = field(init=False)
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
@@ -226,6 +234,7 @@ class _House:
                 self.settings,
                 embed=engine.embed if engine.has_voice else None,
                 vocabulary=engine.vocabulary,
+                language=self.language,
                 voiceprints=self.gallery,
                 stamp=stamp,
                 classes=engine.labels,

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from stream.batcher import Ready
 from stream.clock import FRAME_RATE, HOP, SAMPLE_RATE
 from stream.tracks.frames import Frames, Vocabulary
+from stream.tracks.language import NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,8 @@ class Engine:
     """Sequence-classification head → its class names."""
     tracks_file: Path | None
     """`tracks.json` beside the first checkpoint that has one."""
+    language_file: Path | None
+    """The language model beside the CTC checkpoint, if it has one."""
 
     def __init__(self, settings: EngineSettings, streams: int = 1) -> None:
         self.settings = settings
@@ -322,6 +325,7 @@ class Engine:
         self.voice_id = None if model.voice is None else _content_id(model.voice)
         self.labels = {each.name: each.classes for each in loaded if each.model is model.labels}
         self.tracks_file = next((each.tracks for each in loaded if each.tracks), None)
+        self.language_file = next((each.language for each in loaded if each.vocabulary), None)
         self._state = model.zeros(self.slots)
         self._warm_up()
         log.info(
@@ -464,6 +468,7 @@ class _Loaded:
     vocabulary: Vocabulary | None
     classes: tuple[str, ...]
     tracks: Path | None
+    language: Path | None
 
 
 def embedded() -> list[Path]:
@@ -516,6 +521,7 @@ def _load(path: str, device: "torch.device") -> _Loaded:
         vocabulary=vocabulary,
         classes=classes,
         tracks=next((file for file in tracks if file.is_file()), None),
+        language=next((folder / name for name in NAMES if (folder / name).is_file()), None),
     )
 
 

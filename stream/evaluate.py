@@ -32,6 +32,7 @@ from stream.score import (
 )
 from stream.session import Session, Stamp
 from stream.sources.file import FileSource
+from stream.tracks.language import LanguageModel, open_language_model
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
 
@@ -88,6 +89,8 @@ class Score:
         swaps: How often a reference speaker had another label than at the turn before.
         words: Word edits; None without a CTC head or a transcript.
         characters: Likewise.
+        partials: Words told before they were final; one that is told otherwise later counts anew.
+        partials_changed: How many of them were told otherwise later, or taken back.
         latencies_ms: From the end of what an event tells to its emission, on the audio's clock,
             plus the compute time of its step.
     """
@@ -104,12 +107,19 @@ class Score:
     swaps: int = 0
     words: Edits | None = None
     characters: Edits | None = None
+    partials: int = 0
+    partials_changed: int = 0
     latencies_ms: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def realtime_factor(self) -> float:
         """Compute seconds for a second of audio."""
         return self.compute_s / self.audio_s if self.audio_s else math.nan
+
+    @property
+    def flicker(self) -> float:
+        """Share of the partial words that were changed later; NaN without any."""
+        return self.partials_changed / self.partials if self.partials else math.nan
 
     def __add__(self, other: "Score") -> "Score":
         def both(one: Edits | None, two: Edits | None) -> Edits | None:
@@ -128,6 +138,8 @@ class Score:
             swaps=self.swaps + other.swaps,
             words=both(self.words, other.words),
             characters=both(self.characters, other.characters),
+            partials=self.partials + other.partials,
+            partials_changed=self.partials_changed + other.partials_changed,
             latencies_ms=self.latencies_ms + other.latencies_ms,
         )
 
@@ -146,6 +158,8 @@ class Score:
             "label_swaps": self.swaps,
             "wer": None if self.words is None else _rate(self.words.rate),
             "cer": None if self.characters is None else _rate(self.characters.rate),
+            "partial_words": self.partials,
+            "partial_words_changed": _rate(self.flicker),
             "latency_p50_ms": _rate(percentile(self.latencies_ms, 50)),
             "latency_p99_ms": _rate(percentile(self.latencies_ms, 99)),
         }
@@ -176,6 +190,7 @@ class EvalResult:
     chunk_ms: int
     lookahead_ms: int
     left_ms: int
+    decoder: str | None
     files: tuple[FileResult, ...]
 
     @property
@@ -197,6 +212,7 @@ class EvalResult:
             "chunk_ms": self.chunk_ms,
             "lookahead_ms": self.lookahead_ms,
             "left_ms": self.left_ms,
+            "decoder": self.decoder,
             "total": {
                 "streaming": self.streaming.to_dict(),
                 "offline": None if offline is None else offline.to_dict(),
@@ -253,15 +269,19 @@ async def evaluate(
         EvalError: see `recordings`.
         ScoreError: a reference is malformed, or a scorer is not installed.
         EngineError: the checkpoint or device cannot be used.
+        LanguageModelError: the language model that is asked for cannot be used.
         SourceError: a recording cannot be read.
     """
     todo = await asyncio.to_thread(recordings, folder)
     done: list[FileResult] = []
     async with Engine(engine.model_copy(update={"slots": 1})) as live:
         settings = await asyncio.to_thread(thresholds, live, tracks)
+        language = await asyncio.to_thread(
+            open_language_model, settings.words, live.language_file, live.vocabulary
+        )
         for recording in todo:
-            streaming = await _hear(live, recording, settings)
-            whole = await _offline(engine, recording, settings) if offline else None
+            streaming = await _hear(live, recording, settings, language)
+            whole = await _offline(engine, recording, settings, language) if offline else None
             done.append(FileResult(recording.name, streaming, whole))
             if on_file is not None:
                 on_file(done[-1], len(todo))
@@ -270,6 +290,7 @@ async def evaluate(
             chunk_ms=engine.chunk_ms,
             lookahead_ms=engine.lookahead_ms,
             left_ms=engine.left_ms,
+            decoder=None if live.vocabulary is None else "beam" if language else "greedy",
             files=tuple(done),
         )
 
@@ -308,6 +329,28 @@ def transcript(events: Iterable[Event]) -> str:
     return " ".join(event.text for event in sorted(finals, key=lambda event: event.start))
 
 
+def flicker(events: Iterable[Event]) -> tuple[int, int]:
+    """Words told in partials, and how many of them a later partial or final took back.
+
+    A word is told when a partial has it at a place of its transcript where the last one had another
+    or none. One that grows is changed, too. A final may have the first words of a partial only.
+    """
+    told = changed = 0
+    shown = list[str]()
+    for event in events:
+        if event.type == "transcript.partial":
+            words = [word.word for word in event.words]
+            same = sum(one == other for one, other in zip(shown, words, strict=False))
+            told += len(words) - same
+            changed += len(shown) - same
+            shown = words
+        elif event.type == "transcript.final":
+            words = [word.word for word in event.words]
+            changed += sum(one != other for one, other in zip(shown, words, strict=False))
+            shown = shown[len(words) :]
+    return told, changed
+
+
 def score(
     recording: Recording,
     events: Sequence[Event],
@@ -330,6 +373,7 @@ def score(
     reference, found = recording.speakers, turns(events)
     said = transcript(events)
     text = recording.text if words else None
+    partials, changed = flicker(events)
     return Score(
         recordings=1,
         audio_s=audio_s,
@@ -343,11 +387,18 @@ def score(
         swaps=label_swaps(reference, found),
         words=None if text is None else word_errors(text, said),
         characters=None if text is None else character_errors(text, said),
+        partials=partials,
+        partials_changed=changed,
         latencies_ms=tuple(latencies_ms),
     )
 
 
-async def _hear(engine: Engine, recording: Recording, settings: TracksSettings) -> Score:
+async def _hear(
+    engine: Engine,
+    recording: Recording,
+    settings: TracksSettings,
+    language: LanguageModel | None,
+) -> Score:
     """A recording as a stream."""
 
     def tracks(stamp: Stamp) -> Tracks:
@@ -355,6 +406,7 @@ async def _hear(engine: Engine, recording: Recording, settings: TracksSettings) 
             settings,
             embed=engine.embed if engine.has_voice else None,
             vocabulary=engine.vocabulary,
+            language=language,
             stamp=stamp,
             classes=engine.labels,
         )
@@ -407,7 +459,12 @@ async def _hear(engine: Engine, recording: Recording, settings: TracksSettings) 
     )
 
 
-async def _offline(settings: EngineSettings, recording: Recording, tracks: TracksSettings) -> Score:
+async def _offline(
+    settings: EngineSettings,
+    recording: Recording,
+    tracks: TracksSettings,
+    language: LanguageModel | None,
+) -> Score:
     """A recording in one piece: no past to cache, nothing of the future hidden."""
     import soundfile
 
@@ -422,8 +479,8 @@ async def _offline(settings: EngineSettings, recording: Recording, tracks: Track
     if whole:
         window |= {"lookahead_ms": 0, "left_ms": 0}
     async with Engine(settings.model_copy(update=window)) as engine:
-        result = await _hear(engine, recording, tracks)
-    return replace(result, latencies_ms=())
+        result = await _hear(engine, recording, tracks, language)
+    return replace(result, latencies_ms=(), partials=0, partials_changed=0)
 
 
 def _spans(rttm: Path, stem: str) -> tuple[Span, ...]:

@@ -9,6 +9,7 @@ from sinks.events import Event
 from stream.tracks.codec import pack, unpack
 from stream.tracks.frames import Frames, Vocabulary
 from stream.tracks.labels import Labels, LabelsState
+from stream.tracks.language import LanguageModel
 from stream.tracks.settings import TracksSettings
 from stream.tracks.turns import Embed, Stamp, Turns, TurnsState
 from stream.tracks.voices import Gallery, Voices, VoicesState
@@ -36,6 +37,7 @@ class Tracks:
         settings: Thresholds.
         embed: (mass, first, second) → [E] x-vector; None without that head.
         vocabulary: Of the CTC head; None without that head.
+        language: Decode words with it, by beam search; None decodes greedily.
         voiceprints: The enrolled people to look for, if any.
         stamp: (start sample, end sample) → envelope fields. It consumes a `seq`, so it is called
             once an event, in order.
@@ -48,6 +50,7 @@ class Tracks:
         *,
         embed: Embed | None = None,
         vocabulary: Vocabulary | None = None,
+        language: LanguageModel | None = None,
         voiceprints: Gallery | None = None,
         stamp: Stamp,
         classes: Mapping[str, Sequence[str]] | None = None,
@@ -55,6 +58,7 @@ class Tracks:
         self.settings = settings
         self._embed = embed
         self._vocabulary = vocabulary
+        self._language = language
         self._gallery = voiceprints or NOBODY
         self._stamp = stamp
         self._classes = classes or {}
@@ -103,6 +107,11 @@ class Tracks:
         self._words = None
         if self._vocabulary is not None:
             self._words = Words(
-                settings.words, self._vocabulary, self._turns, stamp, state=state.words
+                settings.words,
+                self._vocabulary,
+                self._turns,
+                stamp,
+                language=self._language,
+                state=state.words,
             )
         self._labels = Labels(settings.labels, self._classes, stamp, state=state.labels)

@@ -149,6 +149,38 @@ class WordsSettings(Settings):
     case: Literal["lower", "keep"] = Field(
         default="lower", description="The vocabulary's case is kept, or made lower."
     )
+    decoder: Literal["auto", "greedy", "beam"] = Field(
+        default="auto",
+        description="greedy; beam, with a language model; auto: beam where that can be had.",
+    )
+    language_model: Path | None = Field(
+        default=None, description="ARPA file for the beam; null is the checkpoint's own."
+    )
+    beam_width: int = Field(default=24, ge=1, le=512, description="Texts kept at a time.")
+    alpha: float = Field(
+        default=0.8, ge=0, le=10, description="Weight of the language model in the beam."
+    )
+    beta: float = Field(
+        default=1.5, ge=-20, le=20, description="Bonus of a word in the beam, in nats."
+    )
+    commit_ms: int = Field(
+        default=1_000,
+        ge=200,
+        le=10_000,
+        description="A word becomes certain this long after its end at the latest.",
+    )
+    stable_ms: int = Field(
+        default=300,
+        ge=0,
+        le=5_000,
+        description="An uncertain word appears in partials once it has read the same this long.",
+    )
+    stable_share: float = Field(
+        default=0.98,
+        ge=0,
+        le=1,
+        description="… and while hypotheses of this probability agree on it.",
+    )
     partial_ms: int = Field(default=200, ge=20, description="The least time between partials.")
     word_gap_ms: int = Field(
         default=600, ge=40, description="A word without a delimiter ends after this much silence."

@@ -1,7 +1,8 @@
 """CTC output → words with times, confidence and speaker, as partial and final transcripts.
 
-Greedy decoding: a frame that was read is never read otherwise, so finished words never change and
-of a partial transcript only the last, unfinished word may grow.
+A decoder reads; here its words get speakers, become final with a silence or the end of a turn, and
+are told as partials before that. A partial has the words that are certain, and of the others those
+that have read the same for a while, so that what a reader sees is rarely taken back.
 """
 
 import math
@@ -13,32 +14,21 @@ import numpy as np
 
 from sinks.events import Event, TranscriptFinal, TranscriptPartial, Word
 from stream.clock import HOP, seconds
+from stream.tracks.decoding import (
+    Beam,
+    BeamState,
+    Decoder,
+    Greedy,
+    GreedyState,
+    Spoken,
+    Symbols,
+)
 from stream.tracks.frames import Frames, Vocabulary
+from stream.tracks.language import LanguageModel
 from stream.tracks.settings import WordsSettings, hops
 from stream.tracks.turns import Turns
 
 Stamp = Callable[[int, int], dict[str, Any]]
-
-
-@dataclass
-class Spoken:
-    """A word, finished or not.
-
-    Attributes:
-        text: Its characters so far.
-        start: Sample at which the frame of its first character begins.
-        end: Sample at which the frame of its last character ends.
-        total: Sum of the probabilities of its characters' frames.
-        count: Number of those frames.
-        turn: Number of the turn it belongs to, 0 if none is known.
-    """
-
-    text: str
-    start: int
-    end: int
-    total: float
-    count: int
-    turn: int = 0
 
 
 @dataclass
@@ -47,25 +37,36 @@ class WordsState:
 
     Attributes:
         cursor: Sample at which the next frame must begin; -1 before the first.
-        token: Output of the frame before.
         quiet: Frames since the last character.
-        draft: The word that is not finished.
-        segment: Finished words that are not final.
+        greedy: The decoder's own, where it is the greedy one.
+        beam: Likewise.
+        reading: What the decoder read after the last frame, certain words left out.
+        texts: The words of that.
+        since: For each of them, the sample since which it reads so.
+        began: Sample at which the first of them begins.
+        segment: Certain words that are not final.
         said: Text of the last partial.
         told: Sample at which that was emitted.
     """
 
     cursor: int = -1
-    token: int = -1
     quiet: int = 0
-    draft: Spoken | None = None
+    greedy: GreedyState = field(default_factory=GreedyState)
+    beam: BeamState = field(default_factory=BeamState)
+    reading: str = ""
+    texts: list[str] = field(default_factory=list[str])
+    since: list[int] = field(default_factory=list[int])
+    began: int = 0
     segment: list[Spoken] = field(default_factory=list[Spoken])
     said: str = ""
     told: int = 0
 
 
 class Words:
-    """What is said; sans-I/O. `turns` says by whom, and is advanced first."""
+    """What is said; sans-I/O. `turns` says by whom, and is advanced first.
+
+    With a language model words are decoded by a beam search, without one greedily.
+    """
 
     def __init__(
         self,
@@ -74,30 +75,29 @@ class Words:
         turns: Turns,
         stamp: Stamp,
         *,
+        language: LanguageModel | None = None,
         state: WordsState | None = None,
     ) -> None:
         self.state = state or WordsState()
         self._turns = turns
         self._stamp = stamp
-        self._blank = vocabulary.blank
-        self._delimiter = vocabulary.delimiter
-        self._tokens = [
-            token.lower() if settings.case == "lower" else token for token in vocabulary.tokens
-        ]
-        # <s>, </s>, <unk>, [PAD]: symbols of the tokenizer, not of any language.
-        self._special = [
-            token != vocabulary.delimiter
-            and len(token) > 2
-            and (token[0] + token[-1]) in {"<>", "[]"}
-            for token in vocabulary.tokens
-        ]
-        self._words = vocabulary.tokens
+        symbols = Symbols(vocabulary, settings.case)
+        self._blank = symbols.blank
+        self._characters = symbols.characters
+        self._decoder: Decoder = (
+            Greedy(symbols, self.state.greedy)
+            if language is None
+            else Beam(symbols, settings, language, self.state.beam)
+        )
         self._word_gap = hops(settings.word_gap_ms)
         self._segment_gap = hops(settings.segment_gap_ms)
         self._settle = hops(settings.settle_ms)
+        self._stable = hops(settings.stable_ms) * HOP
+        self._support = settings.stable_share
         self._max_segment = hops(settings.max_segment_ms) * HOP
         self._partial = hops(settings.partial_ms) * HOP
         self._reach = hops(settings.reach_ms) * HOP
+        self._notice()  # of a state that was saved with the other decoder, nothing is open
 
     def step(self, frames: Frames) -> list[Event]:
         """Takes the next frames of the stream."""
@@ -126,14 +126,17 @@ class Words:
             return []
         state = self.state
         scores = frames.ctc[row]
-        token = int(np.argmax(scores))
-        probability = math.exp(min(float(scores[token]), 0.0))
-        if math.isnan(probability):
-            token, probability = self._blank, 0.0
+        best = int(np.argmax(scores))
+        if math.isnan(float(scores[best])):
+            scores = np.full_like(scores, -np.inf)
+            scores[self._blank], best = 0.0, self._blank
         start = state.cursor
         state.cursor += HOP
-        events = self._read(token, probability, start)
-        state.token = token
+        state.quiet = 0 if self._characters[best] else state.quiet + 1
+        words = self._decoder.row(scores, best, start)
+        events = self._certain(words)
+        if words or self._decoder.reading != state.reading:
+            self._notice()
         return events + self._settled()
 
     def leave(self) -> list[Event]:
@@ -142,7 +145,7 @@ class Words:
         Only here, after the frames that came together, so that nobody gets two at once.
         """
         state = self.state
-        words = state.segment + ([state.draft] if state.draft else [])
+        words = state.segment + self._stable_words()
         text = " ".join(word.text for word in words)
         if not words or text == state.said or state.cursor - state.told < self._partial:
             return []
@@ -162,75 +165,81 @@ class Words:
         """Makes all words final: the stream ends."""
         return self._finish()
 
-    def _read(self, token: int, probability: float, start: int) -> list[Event]:
-        """One greedy symbol."""
-        state = self.state
-        symbol = self._words[token]
-        events = list[Event]()
-        if token == self._blank or self._special[token]:
-            state.quiet += 1
-        elif symbol == self._delimiter:
-            state.quiet += 1
-            events = self._finish_word()
-        elif token == state.token and state.draft is not None:
-            state.quiet = 0
-            state.draft.end = start + HOP
-            state.draft.total += probability
-            state.draft.count += 1
-        else:
-            if self._delimiter is None:
-                events = self._finish_word()
-            state.quiet = 0
-            if state.draft is None:
-                state.draft = Spoken("", start, start, 0.0, 0)
-            state.draft.text += self._tokens[token]
-            state.draft.end = start + HOP
-            state.draft.total += probability
-            state.draft.count += 1
-        return events
+    def _notice(self) -> None:
+        """Notes since when each word that is not certain has read as it does."""
+        state, words = self.state, self._decoder.open()
+        texts = [word.text for word in words]
+        state.since = [
+            state.since[at] if state.texts[at : at + 1] == [text] else state.cursor
+            for at, text in enumerate(texts)
+        ]
+        state.texts = texts
+        state.reading = self._decoder.reading
+        state.began = words[0].start if words else 0
+
+    def _stable_words(self) -> list[Spoken]:
+        """The words that are not certain, up to the first that has read otherwise of late."""
+        latest = self.state.cursor - self._stable
+        words = list[Spoken]()
+        opened, support = self._decoder.open(), self._decoder.support()
+        for word, since, share in zip(opened, self.state.since, support, strict=True):
+            if since > latest or share < self._support:
+                break
+            words.append(word)
+        return words
 
     def _settled(self) -> list[Event]:
         """Finals that silence, or the end of the turn, brings about."""
         state = self.state
-        if not state.segment and state.draft is None:
+        if not state.segment and not state.texts:
             return []
         events = list[Event]()
         turn = state.segment[-1].turn if state.segment else 0
+        if not turn and state.texts and state.quiet >= self._settle:
+            turn = self._holder(self._decoder.open()[0])
         over = bool(turn) and not self._turns.running(turn)
-        if state.draft is not None and (
-            state.quiet >= self._word_gap or (over and state.quiet >= self._settle)
+        if state.texts and (
+            state.quiet >= self._word_gap
+            or (over and state.quiet >= self._settle)
+            or state.cursor - state.began > self._max_segment  # a word without an end
         ):
-            events = self._finish_word()
-        if state.draft is None and state.segment:
+            events = self._finish_words()
+        if not state.texts and state.segment:
             turn = state.segment[-1].turn
             over = bool(turn) and not self._turns.running(turn)
             # A final names a speaker: it waits while that is only a first guess.
             silent = state.quiet >= self._segment_gap and self._turns.settled(turn)
             if silent or (over and state.quiet >= self._settle):
+                self._decoder.forget()
                 events.extend(self._final())
         return events
 
-    def _finish_word(self) -> list[Event]:
-        """Ends the draft; the segment before it becomes final if somebody else said it."""
-        state = self.state
-        word, state.draft = state.draft, None
-        if word is None:
-            return []
-        events = list[Event]()
-        word.turn = self._holder(word)
-        if state.segment:
-            for earlier in state.segment:
-                earlier.turn = earlier.turn or self._holder(earlier)
-            before = state.segment[-1].turn
-            other = word.turn and before and word.turn != before
-            if other or word.end - state.segment[0].start > self._max_segment:
-                events = self._final()
-        state.segment.append(word)
+    def _finish_words(self) -> list[Event]:
+        """Makes all words certain."""
+        words = self._decoder.finish()
+        events = self._certain(words)
+        self._notice()
+        return events
+
+    def _certain(self, words: list[Spoken]) -> list[Event]:
+        """Takes words from the decoder; those before become final if somebody else said them."""
+        state, events = self.state, list[Event]()
+        del state.texts[: len(words)], state.since[: len(words)]
+        for word in words:
+            word.turn = self._holder(word)
+            if state.segment:
+                for earlier in state.segment:
+                    earlier.turn = earlier.turn or self._holder(earlier)
+                before = state.segment[-1].turn
+                other = word.turn and before and word.turn != before
+                if other or word.end - state.segment[0].start > self._max_segment:
+                    events.extend(self._final())
+            state.segment.append(word)
         return events
 
     def _finish(self) -> list[Event]:
-        events = self._finish_word() + self._final()
-        self.state.token = -1
+        events = self._finish_words() + self._final()
+        self._decoder.forget()
         self.state.quiet = 0
         return events
 

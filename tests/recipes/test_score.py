@@ -7,7 +7,6 @@ from pyannote.core import Annotation, Segment
 from recipes.calibrate import nested
 from recipes.score import (
     Clip,
-    _distance,
     annotation,
     diarization_error,
     diarize,
@@ -109,13 +108,6 @@ def test_clips_are_read_with_their_reference(tmp_path):
     (found,) = read_clips(tmp_path)
     assert found.reference.label_duration("ann") == pytest.approx(0.5)
     assert found.extent.duration() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "steps"), [("kitten", "sitting", 3), ("", "ab", 2), ("a", "a", 0)]
-)
-def test_distance(a, b, steps):
-    assert _distance([ord(c) for c in a], [ord(c) for c in b]) == steps
 
 
 def test_a_dotted_key_becomes_a_tree():

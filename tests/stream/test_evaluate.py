@@ -5,7 +5,14 @@ from datetime import UTC, datetime
 import pytest
 import soundfile
 
-from sinks.events import Speaker, SpeakerRevised, TranscriptFinal, TurnEnded
+from sinks.events import (
+    Speaker,
+    SpeakerRevised,
+    TranscriptFinal,
+    TranscriptPartial,
+    TurnEnded,
+    Word,
+)
 from stream.clock import SAMPLE_RATE
 from stream.engine import EngineSettings
 from stream.evaluate import (
@@ -13,6 +20,7 @@ from stream.evaluate import (
     Recording,
     Score,
     evaluate,
+    flicker,
     recordings,
     score,
     transcript,
@@ -110,6 +118,33 @@ def test_what_was_not_measured_is_none():
     assert (Score() + with_text).words == (with_text + Score()).words == Edits(4, 1, 0, 0)
 
 
+def transcript_of(kind, text):
+    words = [Word(word=word, start=0, end=1, confidence=1) for word in text.split()]
+    return kind(text=text, words=words, **envelope(0, 0, 1))
+
+
+def test_partial_words_that_are_told_otherwise_later_are_counted():
+    def told(*texts):
+        return flicker(
+            transcript_of(TranscriptFinal if text[0] == "." else TranscriptPartial, text[1:])
+            for text in texts
+        )
+
+    assert told() == (0, 0)
+    assert told(" a b", " a b c", ".a b c") == (3, 0)
+    assert told(" a b", " a c", ".a c") == (3, 1)  # b became c
+    assert told(" he", " hello", ".hello") == (2, 1)  # one that grows is told otherwise
+    assert told(" a b", " a", ".a") == (2, 1)  # b was taken back
+    assert told(" a b", ".a d") == (2, 1)
+    assert told(" a b c", ".a", " b c d", ".b c e") == (4, 1)  # the final took the first word only
+    assert told(".a b", " c", ".c d") == (1, 0)
+    summed = Score(partials=4, partials_changed=1) + Score(partials=4)
+    assert summed.flicker == 0.125
+    data = summed.to_dict()
+    assert (data["partial_words"], data["partial_words_changed"]) == (8, 0.125)
+    assert Score().to_dict()["partial_words_changed"] is None
+
+
 def touch(folder, name, file_id=None):
     (folder / f"{name}.wav").touch()
     write_rttm(folder / f"{name}.rttm", {file_id or name: [Span(0, 1, "A")]})
@@ -191,6 +226,8 @@ def test_a_folder_is_heard_streaming_and_offline(tmp_path, checkpoint):
     data = result.to_dict()
     json.dumps(data, allow_nan=False)
     assert data["chunk_ms"] == 400
+    assert data["decoder"] == "greedy"  # no language model lies beside that checkpoint
+    assert offline.partials == 0
     assert len(data["checkpoint"]) == 3
     assert data["total"]["streaming"]["latency_p50_ms"] >= 0
     assert data["files"][1]["streaming"]["wer"] is None
