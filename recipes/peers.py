@@ -53,7 +53,7 @@ BLOCK: Final = 8_000
 
 
 class Streaming(Settings):
-    """Settings of diart's pipeline, under its own names.
+    """Settings of diart's pipeline, under its own names; those its authors publish for AMI.
 
     Attributes:
         latencies: seconds.
@@ -65,9 +65,9 @@ class Streaming(Settings):
 
     latencies: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)
     duration: float = 5.0
-    tau_active: float = 0.6
-    rho_update: float = 0.3
-    delta_new: float = 1.0
+    tau_active: float = 0.507
+    rho_update: float = 0.006
+    delta_new: float = 1.057
 
 
 class Peers(Settings):

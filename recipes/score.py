@@ -30,6 +30,7 @@ from recipes.student import Shape, Student
 from recipes.verification import (
     CUTS,
     OpenSet,
+    Print,
     cut,
     dev_utterances,
     identification,
@@ -112,15 +113,15 @@ def utterance_scores(
         corpus: the data.
         window: of the stream, or None.
         utterances: indices in the corpus.
-        lengths: keys of `CUTS` to take the equal error rate at.
+        lengths: keys of `CUTS` to take the equal error rate at, where any utterance is so long.
         open_set: also identify, by these thresholds.
         ways: name → decoder; None is `decoders`.
     """
     rates: dict[str, float] = {}
     whole: dict[int, Heard] = {}
-    prints = []
+    known: list[Print] = []
     for name in lengths:
-        prints = []
+        prints: list[Print] = []
         for index in utterances:
             wave = cut(corpus, index, CUTS[name])
             if wave is None:
@@ -129,11 +130,14 @@ def utterance_scores(
             if CUTS[name] is None:
                 whole[index] = heard
             prints.append(voice_print(student, heard, corpus.utterances[index].speaker))
-        rates[name] = verification_error(prints)
+        if prints:
+            rates[name] = verification_error(prints)
+        if CUTS[name] is None:
+            known = prints
     result: dict[str, Any] = {"eer": rates}
     if open_set is not None:
-        assert whole, "identification takes whole utterances"
-        result["identification"] = identification(trials(prints, *open_set))
+        assert known, "identification takes whole utterances"
+        result["identification"] = identification(trials(known, *open_set))
     result["words"] = {
         way: word_scores(
             (corpus.utterances[index].text, decode(heard.characters))
@@ -231,7 +235,10 @@ def score(settings: Score) -> dict[str, Any]:
         f"--set report={settings.report}",
         "parameters": sum(p.numel() for p in student.parameters()),
         "recorded_s": round(sum(clip.seconds for clip in clips), 1),
-        "simulated_s": {k: round(sum(c.seconds for c in v), 1) for k, v in simulated.items()},
+        "simulated_s": {
+            str(count): round(sum(clip.seconds for clip in some), 1)
+            for count, some in simulated.items()
+        },
         "utterances": len(utterances),
         "speakers": len({corpus.utterances[index].speaker for index in utterances}),
         "shipped_ms": {"chunk": 20 * SHIPPED.chunk, "lookahead": 20 * SHIPPED.right},
