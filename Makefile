@@ -14,12 +14,13 @@ SYSTEM := \
 	"libasound2-plugins:/usr/share/doc/libasound2-plugins:the fake-microphone tests" \
 	"mosquitto:mosquitto:the MQTT tests against a real broker"
 
-.PHONY: help setup demo test check bench build schema clean
+.PHONY: help setup demo test check bench scores build schema clean
 
 help:
 	@echo "make demo    watch the demo conversation live in this terminal, then its score"
 	@echo "make test    all tests            make check   lint, types, imports, schema"
 	@echo "make bench   measure              make build   wheel and sdist in dist/"
+	@echo "make scores  score the embedded checkpoint, write the tables"
 	@echo "make setup   .venv with everything a developer needs"
 
 $(BIN)/python:
@@ -56,6 +57,11 @@ schema: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@set -e; for name in $(BENCH); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+# The tables in README.md and the model card, from the embedded checkpoint and the development data.
+scores: $(VENV)/.dev
+	$(BIN)/python -m recipes.score --set checkpoint=model/weights --set report=docs/scores.json
+	$(BIN)/python -m recipes.publish
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation

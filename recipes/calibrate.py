@@ -12,25 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyannote.core import Annotation, Segment
 
 from model.state import Window
-from recipes.corpus import HOP, RATE, Corpus
+from recipes.conversations import Clip, read_clips, spans
+from recipes.corpus import Corpus
+from recipes.diarization import diarize, judge_all, percent
 from recipes.export import load_student
-from recipes.score import (
-    Clip,
-    diarization_error,
-    diarize,
-    frames_of,
-    listen,
-    read_clips,
-    sentences,
-    transcription_errors,
-)
+from recipes.hearing import Heard, listen
+from recipes.recognition import beam, word_scores
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Simulator
 from recipes.student import Student
-from stream.tracks.frames import Frames
+from recipes.verification import dev_utterances
 from stream.tracks.language import LanguageModel
 from stream.tracks.settings import TracksSettings
 
@@ -78,7 +71,7 @@ class Case:
     """A clip and what the student says of it."""
 
     clip: Clip
-    frames: Frames
+    heard: Heard
 
 
 def simulated_clips(corpus: Corpus, settings: Calibrate) -> list[Clip]:
@@ -90,22 +83,17 @@ def simulated_clips(corpus: Corpus, settings: Calibrate) -> list[Clip]:
         scene = simulator.talk(
             np.random.default_rng([settings.seed, number]), settings.simulated_hops
         )
-        reference = Annotation(uri=f"simulated_{number:02}")
-        for speaker, row in enumerate(scene.activity.T):
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
-            for first, last in edges.reshape(-1, 2).tolist():
-                span = Segment(first * HOP / RATE, last * HOP / RATE)
-                reference[span, f"{speaker}-{first}"] = str(speaker)
+        reference = tuple(spans(corpus, scene))
         clips.append(Clip(f"simulated_{number:02}", scene.wave, reference))
     return clips
 
 
 def error(student: Student, cases: list[Case], tracks: TracksSettings) -> float:
     """Diarization error over the cases, per cent."""
-    pairs = [
-        (case.clip, diarize(student, case.frames, tracks, len(case.clip.wave))) for case in cases
-    ]
-    return diarization_error(pairs)["DER"]
+    pairs = (
+        (case.clip, diarize(student, case.heard, tracks, len(case.clip.wave))) for case in cases
+    )
+    return percent(judge_all(pairs).error.rate)
 
 
 def nested(key: str, value: object) -> Mapping[str, Any]:
@@ -159,7 +147,7 @@ def main() -> None:
         (settings.recorded_share, recorded),
         (1 - settings.recorded_share, simulated),
     ):
-        cases = [Case(clip, frames_of(listen(student, clip.wave, window))) for clip in clips]
+        cases = [Case(clip, listen(student, clip.wave, window)) for clip in clips]
         groups.append((share, cases))
 
     def diarization(tracks: TracksSettings) -> float:
@@ -169,10 +157,15 @@ def main() -> None:
     best = descend(best, settings.candidates, diarization, settings.rounds)
     if settings.language_model is not None:
         language = LanguageModel.load(settings.language_model)
-        heard = sentences(student, corpus, window)
+        heard = [
+            (corpus.utterances[index].text, listen(student, corpus.wave(index), window).characters)
+            for index in dev_utterances(corpus)
+            if corpus.utterances[index].text
+        ]
 
         def characters(tracks: TracksSettings) -> float:
-            return transcription_errors(heard, tracks, language)["CER"]
+            decode = beam(tracks, language)
+            return word_scores((text, decode(rows)) for text, rows in heard)["cer"]
 
         best = descend(best, settings.decoding, characters, settings.rounds)
     best.save(settings.target)

@@ -87,6 +87,7 @@ def load_student(path: Path) -> Student:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(tensors[name])
+    student.encoder.config.attn_implementation = "sdpa"  # no gradients here, and long recordings
     return student.eval()
 
 

@@ -47,10 +47,19 @@ def load(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
     return kind.model_validate(tree)
 
 
-def from_arguments(kind: type[S], stage: str, description: str) -> S:
-    """Parses ``--config FILE`` (default: the stage's own YAML) and any number of ``--set k=v``."""
+def from_arguments(
+    kind: type[S], stage: str, description: str, *, switches: Sequence[str] = ()
+) -> S:
+    """Parses ``--config FILE`` (default: the stage's own YAML) and any number of ``--set k=v``.
+
+    ``--NAME`` of a switch is short for ``--set NAME=true``.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{stage}", description=description)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name(f"{stage}.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
+    for name in switches:
+        parser.add_argument(
+            f"--{name}", action="append_const", dest="changes", const=f"{name}=true"
+        )
     arguments = parser.parse_args()
     return load(kind, arguments.config, arguments.changes)

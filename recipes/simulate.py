@@ -66,7 +66,8 @@ class Conversation(Settings):
     """How people take turns.
 
     Attributes:
-        speakers: probabilities of 1, 2 and 3 speakers.
+        speakers: probabilities of 1, 2, 3 … speakers; training has no use for more than
+            `LOCAL_SPEAKERS`.
         turn_s: median length of a turn.
         turn_spread: standard deviation of the logarithm of a turn's length.
         overlap: share of turns that begin before the last one ends.
@@ -83,7 +84,7 @@ class Conversation(Settings):
         sources: probability of each corpus to lend a speaker.
     """
 
-    speakers: tuple[float, float, float] = (0.12, 0.53, 0.35)
+    speakers: tuple[float, ...] = (0.12, 0.53, 0.35)
     turn_s: float = 2.3
     turn_spread: float = 0.65
     overlap: float = 0.5
@@ -102,7 +103,8 @@ class Scene:
 
     Attributes:
         wave: float32 [hops · 320].
-        activity: bool [hops, 3], the local speakers in order of appearance.
+        activity: bool [hops, 3], the local speakers in order of appearance; as many as there are
+            in a conversation of more.
         rows: int64 [hops, 3], the teacher's row of each active local speaker, or −1.
         utterances: the utterance whose embedding stands for each local speaker, or −1.
         text: verbatim transcript of a scene of one whole utterance, or "".
@@ -188,10 +190,10 @@ class Simulator:
         return _Stage(self, rng, hops).finish()
 
     def talk(self, rng: np.random.Generator, hops: int) -> Scene:
-        """A conversation of one to three speakers; one of them surely opens it."""
+        """A conversation; one of its speakers surely opens it."""
         style = self.conversation
-        people = self._people(rng, 1 + int(rng.choice(3, p=style.speakers)))
-        stage = _Stage(self, rng, hops)
+        people = self._people(rng, 1 + int(rng.choice(len(style.speakers), p=style.speakers)))
+        stage = _Stage(self, rng, hops, max(LOCAL_SPEAKERS, len(people)))
         now, last, speaker = int(rng.exponential(15)), 0, 0
         while now < hops - 15:
             length = int(50 * style.turn_s * np.exp(style.turn_spread * rng.standard_normal()))
@@ -248,12 +250,18 @@ class Simulator:
 class _Stage:
     """A scene while it is being made: a clean track for each local speaker."""
 
-    def __init__(self, simulator: Simulator, rng: np.random.Generator, hops: int) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        rng: np.random.Generator,
+        hops: int,
+        speakers: int = LOCAL_SPEAKERS,
+    ) -> None:
         self.simulator, self.rng, self.hops = simulator, rng, hops
         self.tracks: dict[int, NDArray[np.float32]] = {}
-        self.activity = np.zeros((hops, LOCAL_SPEAKERS), np.bool_)
-        self.rows = np.full((hops, LOCAL_SPEAKERS), -1, np.int64)
-        self.utterances = [-1] * LOCAL_SPEAKERS
+        self.activity = np.zeros((hops, speakers), np.bool_)
+        self.rows = np.full((hops, speakers), -1, np.int64)
+        self.utterances = [-1] * speakers
         self.heard: dict[int, int] = {}  # speaker → local index, in order of appearance
         self.left: dict[int, tuple[int, int]] = {}  # speaker → utterance and hop to go on from
 

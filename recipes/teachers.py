@@ -133,9 +133,17 @@ class Campplus:
         return F.relu(self._norm(x, "xvector.out_nonlinear.batchnorm"))[0].T.float()
 
     @torch.inference_mode()
-    def embed(self, voice: Tensor) -> Tensor:
-        """[T, 512] → [192]: mean and deviation over time, one dense layer."""
-        pooled = torch.cat([voice.mean(0), voice.std(0)])
+    def embed(self, voice: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[T, 512] → [192]: mean and deviation over time, one dense layer.
+
+        weight: [T], what each row counts in both; None is all the same.
+        """
+        if weight is None:
+            weight = voice.new_ones(len(voice))
+        total = weight.sum()
+        mean = weight @ voice / total
+        freedom = total - (weight**2).sum() / total
+        pooled = torch.cat([mean, (weight @ (voice - mean) ** 2 / freedom).sqrt()])
         weight = self.tensors["xvector.dense.linear.weight"][..., 0].float()
         return self._norm((weight @ pooled)[None], "xvector.dense.nonlinear.batchnorm")[0]
 

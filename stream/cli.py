@@ -242,6 +242,14 @@ def evaluate(
     offline: Annotated[
         bool, typer.Option("--offline/--no-offline", help="Also hear each recording whole.")
     ] = True,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            metavar="S[,S…]",
+            help="Stream at each of these latencies (chunk + look-ahead), such as 0.32,0.64,1.28.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     chunk: Chunk = None,
     lookahead: Lookahead = None,
@@ -254,9 +262,12 @@ def evaluate(
     from json import dumps
 
     from stream.config import parse
-    from stream.evaluate import FileResult
+    from stream.evaluate import FileResult, evaluate_at
     from stream.evaluate import evaluate as score
 
+    latencies_s = _latencies(latency)
+    if latencies_s and (chunk is not None or lookahead is not None):
+        raise Usage("--latency chooses chunk and look-ahead; give it, or --chunk and --lookahead")
     # The configuration's own checks need a source; which one does not matter here.
     settings = _settings(config, checkpoint, chunk, lookahead, left, device, decoder=decoder)
     checked = parse({**settings, "sources": {"eval": {"kind": "stdin"}}}, where="livesat")
@@ -267,18 +278,34 @@ def evaluate(
         seen.append(result.name)
         if err.is_terminal:
             der = 100 * result.streaming.error.rate
-            err.print(f"{len(seen)}/{count} {result.name}: DER {der:.1f} %")
+            place = (len(seen) - 1) % count + 1
+            err.print(f"{place}/{count} {result.name}: DER {der:.1f} %")
 
-    result = asyncio.run(
-        score(folder, checked.engine, checked.tracks, offline=offline, on_file=tell)
-    )
-    text = dumps(result.to_dict(), indent=2)
+    if latencies_s:
+        results = asyncio.run(
+            evaluate_at(
+                folder,
+                checked.engine,
+                latencies_s,
+                checked.tracks,
+                offline=offline,
+                on_file=tell,
+            )
+        )
+        text = dumps({"latencies": [result.to_dict() for result in results]}, indent=2)
+    else:
+        results = [
+            asyncio.run(
+                score(folder, checked.engine, checked.tracks, offline=offline, on_file=tell)
+            )
+        ]
+        text = dumps(results[0].to_dict(), indent=2)
     if json is not None and str(json) == "-":
         typer.echo(text)
         return
     if json is not None:
         json.write_text(text + "\n", encoding="utf-8")
-    out.print(_score_table(result))
+    out.print(_score_table(results))
 
 
 @app.command()
@@ -509,19 +536,32 @@ def _voices_path(given: Path | None) -> Path:
     return given or default_path()
 
 
-def _score_table(result: "EvalResult") -> Table:
-    """Streaming and offline side by side."""
+def _latencies(given: str | None) -> list[float]:
+    """The option's seconds, in the order given."""
+    try:
+        return [] if given is None else [float(part) for part in given.split(",")]
+    except ValueError:
+        raise Usage(
+            f"--latency {given}: expected seconds with commas between, such as 0.32,0.64,1.28"
+        ) from None
+
+
+def _score_table(results: "list[EvalResult]") -> Table:
+    """Streaming, at each latency, and offline side by side."""
     from stream.score import percentile
 
-    scores = [("streaming", result.streaming)]
-    if result.offline is not None:
-        scores.append(("offline", result.offline))
+    first = results[0]
+    windows = [f"{result.chunk_ms} + {result.lookahead_ms} ms" for result in results]
+    names = ["streaming"] if len(results) == 1 else [f"{r.latency_s:g} s" for r in results]
+    scores = [(name, result.streaming) for name, result in zip(names, results, strict=True)]
+    if first.offline is not None:
+        scores.append(("offline", first.offline))
     title = (
-        f"{result.streaming.recordings} recordings, {result.streaming.audio_s:.0f} s, "
-        f"{result.chunk_ms} + {result.lookahead_ms} ms"
+        f"{first.streaming.recordings} recordings, {first.streaming.audio_s:.0f} s, "
+        f"{', '.join(windows)}"
     )
-    if result.decoder is not None:
-        title += f", words: {result.decoder}"
+    if first.decoder is not None:
+        title += f", words: {first.decoder}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("")
     for name, _ in scores:

@@ -43,6 +43,9 @@ OFFLINE_MAX_S: Final = 120
 """Longer recordings go through the offline pass in pieces of this, each with what the streaming
 settings say of context: attention's memory grows with the square."""
 
+LOOKAHEAD: Final = 3 / 8
+"""The part of a latency that is look-ahead."""
+
 AUDIO: Final = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf")
 TEXT: Final = (".stm", ".jsonl", ".seglst.json", ".json", ".txt")
 
@@ -194,6 +197,11 @@ class EvalResult:
     files: tuple[FileResult, ...]
 
     @property
+    def latency_s(self) -> float:
+        """Of the algorithm: chunk and look-ahead."""
+        return (self.chunk_ms + self.lookahead_ms) / 1000
+
+    @property
     def streaming(self) -> Score:
         """The sum over recordings."""
         return sum((file.streaming for file in self.files), Score())
@@ -293,6 +301,49 @@ async def evaluate(
             decoder=None if live.vocabulary is None else "beam" if language else "greedy",
             files=tuple(done),
         )
+
+
+async def evaluate_at(
+    folder: Path,
+    engine: EngineSettings,
+    latencies_s: Sequence[float],
+    tracks: TracksSettings | None = None,
+    *,
+    offline: bool = True,
+    on_file: Callable[[FileResult, int], None] | None = None,
+) -> list[EvalResult]:
+    """`evaluate` at several algorithmic latencies; only the first result has the offline scores.
+
+    Raises:
+        EvalError: a latency too short to divide (see `at_latency`), or as `evaluate`.
+    """
+    windows = [at_latency(engine, latency_s) for latency_s in latencies_s]
+    return [
+        await evaluate(folder, window, tracks, offline=offline and number == 0, on_file=on_file)
+        for number, window in enumerate(windows)
+    ]
+
+
+def at_latency(engine: EngineSettings, latency_s: float) -> EngineSettings:
+    """These settings with the chunk and look-ahead that add up to this algorithmic latency.
+
+    Three parts in eight are look-ahead, in whole frames: 0.64 s is 400 + 240 ms.
+
+    Raises:
+        EvalError: less than two frames, or more than the engine can do.
+    """
+    total = clock.frames(latency_s) if math.isfinite(latency_s) else 0
+    if total < 2:
+        raise EvalError(f"latency {latency_s:g} s: expected 0.04 or more")
+    lookahead = round(total * LOOKAHEAD)
+    frame_ms = 1000 // clock.FRAME_RATE
+    chosen = {"chunk_ms": frame_ms * (total - lookahead), "lookahead_ms": frame_ms * lookahead}
+    try:
+        return EngineSettings.model_validate(engine.model_dump() | chosen)
+    except ValueError as error:
+        raise EvalError(
+            f"latency {latency_s:g} s: expected what the engine can do, got {chosen}"
+        ) from error
 
 
 def thresholds(engine: Engine, given: TracksSettings | None = None) -> TracksSettings:

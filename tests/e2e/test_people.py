@@ -102,6 +102,23 @@ def test_scores_of_a_folder(livesat, opening, tmp_path):
     assert json.loads(printed.out)["total"]["offline"] is None
 
 
+def test_scores_at_several_latencies(livesat, opening, tmp_path):
+    (tmp_path / "opening.wav").write_bytes(opening.read_bytes())
+    (tmp_path / "opening.rttm").write_text("SPEAKER opening 1 0 4 <NA> <NA> Nora <NA> <NA>\n")
+    result = livesat("eval", tmp_path, "--latency", "0.32,1.28", "--json", tmp_path / "all.json")
+    assert result.code == 0, result.err
+    for words in ("200 + 120 ms", "800 + 480 ms", "0.32 s", "1.28 s", "offline"):
+        assert words in result.out
+    soon, late = json.loads((tmp_path / "all.json").read_text())["latencies"]
+    assert (soon["chunk_ms"], late["chunk_ms"]) == (200, 800)
+    assert soon["total"]["offline"] is not None
+    assert late["total"]["offline"] is None
+
+    livesat("eval", tmp_path, "--latency", "0.3,x").complains("0.32,0.64,1.28", code=2)
+    both = livesat("eval", tmp_path, "--latency", "0.32", "--chunk", "400")
+    both.complains("--latency chooses chunk and look-ahead", code=2)
+
+
 def test_scores_of_a_folder_without_references(livesat, tmp_path):
     livesat("eval", tmp_path).complains("expected pairs", code=1)
     livesat("eval", tmp_path / "none").complains("expected a folder", code=1)

@@ -1,9 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from recipes.corpus import HOP, VOICE_CHANNELS, Corpus, Writer, write_noises
+from recipes.student import Shape, Student
 
 SPEAKERS = 4
 UTTERANCES = 3
@@ -52,3 +55,19 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(data):
     return Corpus(data)
+
+
+@pytest.fixture(scope="session")
+def dev(data):
+    """The same voices as development speakers."""
+    found = Corpus(data)
+    found.utterances = [replace(item, split="dev") for item in found.utterances]
+    return found
+
+
+@pytest.fixture(scope="session")
+def student():
+    """Untrained, and small."""
+    torch.manual_seed(0)
+    shape = Shape(layers=1, width=32, heads=2, feed_forward=32, positions=4, position_groups=4)
+    return Student(shape).eval()

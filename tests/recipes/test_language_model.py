@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recipes.language_model import BEGIN, SPECIAL, arpa, count, discounts, estimate, write
-from recipes.score import Sentence, transcription_errors
+from recipes.recognition import beam, greedy, word_scores
 from recipes.settings import load
 from recipes.student import VOCABULARY
 from stream.tracks.language import LanguageModel
@@ -147,9 +147,10 @@ def test_the_embedded_model_is_small_and_halves_the_errors_of_a_weak_ear():
     language = LanguageModel.load(EMBEDDED)
     assert language.order == 3
     rng = np.random.default_rng(0)
-    heard = [Sentence(sentence, guess(sentence, rng)) for sentence in SENTENCES]
-    greedy = transcription_errors(heard, TracksSettings(), None)
-    beam = transcription_errors(heard, TracksSettings(), language)
-    assert 20 < greedy["CER"] < 45
-    assert beam["CER"] < greedy["CER"] / 2
-    assert beam["WER"] < greedy["WER"] / 2
+    heard = [(sentence, guess(sentence, rng)) for sentence in SENTENCES]
+    search = beam(TracksSettings(), language)
+    plain = word_scores((meant, greedy(scores)) for meant, scores in heard)
+    found = word_scores((meant, search(scores)) for meant, scores in heard)
+    assert 20 < plain["cer"] < 45
+    assert found["cer"] < plain["cer"] / 2
+    assert found["wer"] < plain["wer"] / 2

@@ -1,113 +1,119 @@
+import asyncio
+import json
+
 import numpy as np
 import pytest
 import soundfile as sf
-import torch
-from pyannote.core import Annotation, Segment
 
 from recipes.calibrate import nested
-from recipes.score import (
-    Clip,
-    annotation,
-    diarization_error,
-    diarize,
-    local_turns,
-    read_clips,
-    verification_error,
-)
-from recipes.student import Shape, Student
-from sinks.events import Speaker, SpeakerRevised, TurnEnded
-from stream.tracks.frames import Frames
+from recipes.export import write_checkpoints
+from recipes.hearing import LATENCIES
+from recipes.publish import scores_block, summary_block
+from recipes.recognition import greedy
+from recipes.score import Score, core_share, quick, score, utterance_scores
+from recipes.settings import from_arguments
+from recipes.student import Shape
+from recipes.verification import dev_utterances
 from stream.tracks.settings import TracksSettings
 
-ENVELOPE = {
-    "session_id": "x",
-    "stream_id": "x",
-    "wall_time": "2026-01-01T00:00:00+00:00",
-    "lag_ms": 0.0,
-}
+SHAPE = Shape(layers=1, width=32, heads=2, feed_forward=32, positions=4, position_groups=4)
 
 
-def clip(turns):
-    reference = Annotation(uri="x")
-    for number, (begin, end, name) in enumerate(turns):
-        reference[Segment(begin, end), number] = name
-    return Clip("x", np.zeros(160_000, np.float32), reference)
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    write_checkpoints(student, SHAPE, folder)
+    return folder
 
 
-def ended(turn, start, end, label):
-    return TurnEnded(
-        **ENVELOPE, seq=0, start=start, end=end, turn_id=turn, speaker=Speaker(label=label)
+@pytest.fixture
+def talks(tmp_path):
+    wave = np.random.default_rng(0).standard_normal(4 * 16_000) / 10
+    sf.write(tmp_path / "talk.flac", wave, 16_000)
+    (tmp_path / "talk.rttm").write_text("SPEAKER talk 1 0 2 <NA> <NA> ann <NA> <NA>\n")
+    return tmp_path
+
+
+@pytest.fixture
+def developed(dev, monkeypatch):
+    """Lets a stage find the development speakers in the folder it is given."""
+    monkeypatch.setattr("recipes.score.Corpus", lambda _: dev)
+
+
+def settings(exported, talks, **changed):
+    return Score(
+        checkpoint=exported,
+        data=talks,
+        conversations=talks,
+        tracks=talks / "none.json",
+        report=talks / "score.json",
+        meetings={"speakers": (2,), "each": 1, "seconds": 8},
+        open_set={"splits": 2, "clips": 1},
+        **changed,
     )
 
 
-def test_a_perfect_answer_has_no_error_and_nobody_scores_a_hundred():
-    one = clip([(0, 4, "a"), (5, 9, "b")])
-    renamed = one.reference.rename_labels({"a": "1", "b": "2"})
-    assert diarization_error([(one, renamed)])["DER"] == 0
-    assert diarization_error([(one, Annotation())]) == {
-        "DER": 100,
-        "missed": 100,
-        "false alarm": 0,
-        "confusion": 0,
-    }
-
-
-def test_parts_of_the_error():
-    one = clip([(0, 4, "a"), (4, 8, "b")])
-    guess = Annotation()
-    guess[Segment(0, 6)] = "1"
-    guess[Segment(9, 10)] = "2"
-    parts = diarization_error([(one, guess)])
-    assert parts == {"DER": 62.5, "missed": 25.0, "false alarm": 12.5, "confusion": 25.0}
-
-
-def test_turns_have_the_last_label_they_were_given():
-    revised = SpeakerRevised(
-        **ENVELOPE,
-        seq=1,
-        start=0,
-        end=2,
-        revision_of=["T1"],
-        from_label="S1",
-        to_label="S2",
-        reason="merged",
+@pytest.mark.usefixtures("developed")
+def test_everything_is_scored_whole_and_at_each_latency(exported, talks, monkeypatch):
+    # the tiny voices speak for two seconds and a bit; they may decide sooner here
+    monkeypatch.setattr(
+        "recipes.score.TracksSettings",
+        lambda: TracksSettings().over({"voices": {"evidence_ms": 0}}),
     )
-    found = annotation([ended("T1", 0, 2, "S1"), ended("T2", 3, 4, "S2"), revised])
-    assert found.labels() == ["S2"]
-    assert found.get_timeline().duration() == 3
+    report = score(settings(exported, talks))
+    json.dumps(report, allow_nan=False)
+    assert list(report["modes"]) == list(LATENCIES) == ["offline", "0.32 s", "0.64 s", "1.28 s"]
+    for mode in report["modes"].values():
+        assert mode["recorded"]["conversations"] == 1
+        assert set(mode["simulated"]) == {"2", "all"}
+        assert set(mode["eer"]) == {"1.5 s", "whole"}  # nobody here speaks for 3 s
+        assert mode["identification"]["members"] > 0
+        assert mode["words"]["greedy"]["words"] == 2 * 9  # A BUZZ, of everybody
+    assert report["core_percent"] > 0
+    assert (report["utterances"], report["speakers"]) == (9, 3)
+    assert report["simulated_s"] == {"2": 8.0}
+    assert "1.28 s" in scores_block(report)
+    assert "1.28 s" in summary_block(report)
 
 
-def test_local_speakers_become_turns():
-    activity = np.zeros((100, 2), np.float32)
-    activity[10:60, 0] = activity[50:100, 1] = 0.9
-    found = local_turns(activity)
-    assert found.label_duration("0") == pytest.approx(1.0)
-    assert found.label_duration("1") == pytest.approx(1.0)
-    assert found.get_overlap().duration() == pytest.approx(0.2)
+@pytest.mark.usefixtures("developed")
+def test_a_quick_look_has_a_number_a_task(exported, talks):
+    found = score(settings(exported, talks, quick=True))
+    assert list(found) == ["checkpoint", "DER", "DER, frame head alone", "EER", "CER", "WER"]
+    assert all(np.isfinite(found[name]) for name in list(found)[1:])
 
 
-def test_frames_go_through_the_tracks_of_the_product():
-    torch.manual_seed(0)
-    shape = Shape(layers=1, width=32, heads=2, feed_forward=32, positions=4, position_groups=4)
-    student = Student(shape).eval()
-    activity = np.zeros((250, 3), np.float32)
-    activity[50:200, 0] = 1
-    voice = np.random.default_rng(0).random((250, 512), np.float32)
-    found = diarize(student, Frames(0, activity, voice), TracksSettings(), 250 * 320)
-    assert found.get_timeline().support()[0].duration == pytest.approx(3.0, abs=0.1)
+def test_a_quick_look_can_be_taken_at_a_student_in_training(student, dev, talks):
+    from recipes.conversations import read_clips
+
+    assert quick(student, dev, read_clips(talks), TracksSettings())["WER"] > 0
 
 
-def test_equal_error_rate_of_embeddings():
-    unit = torch.eye(3).repeat_interleave(2, 0)
-    assert verification_error(unit, ["a", "a", "b", "b", "c", "c"]) == 0
+def test_other_decoders_are_scored_beside_the_greedy_one(student, dev):
+    found = utterance_scores(
+        student,
+        dev,
+        None,
+        utterances=dev_utterances(dev, each=2),
+        lengths=("whole",),
+        ways={"greedy": greedy, "oracle": lambda _: "A BUZZ"},
+    )
+    assert found["words"]["oracle"] == {"cer": 0, "wer": 0, "words": 12}
+    assert found["words"]["greedy"]["wer"] > 0
 
 
-def test_clips_are_read_with_their_reference(tmp_path):
-    sf.write(tmp_path / "one.flac", np.zeros(16_000), 16_000)
-    (tmp_path / "one.rttm").write_text("SPEAKER one 1 0.250 0.500 <NA> <NA> ann <NA> <NA>\n")
-    (found,) = read_clips(tmp_path)
-    assert found.reference.label_duration("ann") == pytest.approx(0.5)
-    assert found.extent.duration() == pytest.approx(1.0)
+def test_what_a_stream_takes_of_a_core_is_measured(exported):
+    wave = np.zeros(3 * 16_000, np.float32)
+    assert 0 < asyncio.run(core_share(exported, wave, TracksSettings())) < 10_000
+
+
+def test_a_switch_is_short_for_setting_it(monkeypatch, tmp_path):
+    file = tmp_path / "score.yaml"
+    file.write_text("{checkpoint: a, data: b, conversations: c, tracks: d, report: e}")
+    monkeypatch.setattr("sys.argv", ["score", "--config", str(file), "--quick"])
+    assert from_arguments(Score, "score", "", switches=("quick",)).quick
+    monkeypatch.setattr("sys.argv", ["score", "--config", str(file)])
+    assert not from_arguments(Score, "score", "", switches=("quick",)).quick
 
 
 def test_a_dotted_key_becomes_a_tree():

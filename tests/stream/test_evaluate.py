@@ -19,7 +19,9 @@ from stream.evaluate import (
     EvalError,
     Recording,
     Score,
+    at_latency,
     evaluate,
+    evaluate_at,
     flicker,
     recordings,
     score,
@@ -244,3 +246,37 @@ def test_offline_can_be_left_out_and_a_damaged_file_is_named(tmp_path, checkpoin
     result = asyncio.run(evaluate(tmp_path, engine, offline=False))
     assert result.offline is None
     assert result.to_dict()["total"]["offline"] is None
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "window"),
+    [(0.32, (200, 120)), (0.64, (400, 240)), (1.28, (800, 480)), (0.04, (20, 20))],
+)
+def test_a_latency_is_chunk_and_look_ahead(latency_s, window):
+    settings = at_latency(EngineSettings(left_ms=2000), latency_s)
+    assert (settings.chunk_ms, settings.lookahead_ms) == window
+    assert settings.left_ms == 2000
+
+
+@pytest.mark.parametrize("latency_s", [0, 0.02, -1, float("nan"), float("inf"), 90])
+def test_a_latency_that_cannot_be_is_refused(latency_s):
+    with pytest.raises(EvalError, match=rf"latency {latency_s:g} s: expected"):
+        at_latency(EngineSettings(), latency_s)
+
+
+def test_several_latencies_are_streamed_and_offline_is_heard_once(tmp_path, checkpoint):
+    soundfile.write(tmp_path / "one.wav", speechlike(3 * SAMPLE_RATE), SAMPLE_RATE)
+    write_rttm(tmp_path / "one.rttm", {"one": [Span(0, 2, "A")]})
+    engine = EngineSettings(checkpoint=tuple(checkpoint), device="cpu")
+    seen = []
+    first, second = asyncio.run(
+        evaluate_at(
+            tmp_path, engine, [0.64, 0.32], on_file=lambda file, _: seen.append(file.offline)
+        )
+    )
+    assert (first.chunk_ms, first.lookahead_ms, first.latency_s) == (400, 240, 0.64)
+    assert (second.chunk_ms, second.lookahead_ms, second.latency_s) == (200, 120, 0.32)
+    assert first.offline is not None
+    assert second.offline is None
+    assert [offline is None for offline in seen] == [False, True]
+    assert first.streaming.audio_s == second.streaming.audio_s == pytest.approx(3, abs=1e-3)
