@@ -20,6 +20,7 @@ help:
 	@echo "make demo    watch the demo conversation live in this terminal, then its score"
 	@echo "make test    all tests            make check   lint, types, imports, schema"
 	@echo "make bench   measure              make build   wheel and sdist in dist/"
+	@echo "make train-smoke   every stage of the recipes on a made-up corpus"
 	@echo "make scores  score the embedded checkpoint, write the tables"
 	@echo "make setup   .venv with everything a developer needs"
 
@@ -62,6 +63,9 @@ bench: $(VENV)/.dev
 scores: $(VENV)/.dev
 	$(BIN)/python -m recipes.score --set checkpoint=model/weights --set report=docs/scores.json
 	$(BIN)/python -m recipes.publish
+
+train-smoke: $(VENV)/.dev
+	$(BIN)/python -m recipes.smoke
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation

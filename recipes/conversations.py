@@ -1,5 +1,10 @@
-"""Conversations to score diarization on: recorded ones, and simulated ones of unseen speakers."""
+"""Conversations to score on: recorded ones, and simulated ones of unseen speakers.
 
+``python -m recipes.conversations`` writes simulated ones as `livesat eval` reads them: FLAC, RTTM
+and a transcript. Their turns are whole utterances: the words are known as exactly as the times.
+"""
+
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -10,7 +15,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from recipes.corpus import HOP, RATE, Corpus
-from recipes.settings import Settings
+from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from stream.score import Span, read_rttm
 
@@ -28,11 +33,13 @@ class Clip:
         name: of the recording.
         wave: float32 [N] at 16 kHz.
         reference: who spoke when.
+        words: (span, text) of the utterances that are in it whole.
     """
 
     name: str
     wave: Floats = field(repr=False)
     reference: tuple[Span, ...] = field(repr=False)
+    words: tuple[tuple[Span, str], ...] = field(default=(), repr=False)
 
     @property
     def seconds(self) -> float:
@@ -53,12 +60,14 @@ class Meetings(Settings):
         each: conversations of each number.
         seconds: length of each.
         seed: conversation ``n`` of ``k`` speakers is drawn from (seed, k, n) alone.
+        whole: turns are whole utterances.
     """
 
     speakers: tuple[int, ...] = (2, 3, 4)
     each: int = 10
     seconds: float = 60.0
     seed: int = 762
+    whole: bool = False
 
 
 def read_clips(folder: Path) -> list[Clip]:
@@ -87,7 +96,14 @@ def simulated_clips(
     """Conversations of the speakers of a split → number of speakers → clips."""
     return {
         speakers: [
-            meeting(corpus, speakers, settings.seconds, [settings.seed, speakers, number], split)
+            meeting(
+                corpus,
+                speakers,
+                settings.seconds,
+                [settings.seed, speakers, number],
+                split,
+                whole=settings.whole,
+            )
             for number in range(settings.each)
         ]
         for speakers in settings.speakers
@@ -95,7 +111,13 @@ def simulated_clips(
 
 
 def meeting(
-    corpus: Corpus, speakers: int, seconds: float, seed: Sequence[int], split: str = "dev"
+    corpus: Corpus,
+    speakers: int,
+    seconds: float,
+    seed: Sequence[int],
+    split: str = "dev",
+    *,
+    whole: bool = False,
 ) -> Clip:
     """One conversation in which all of ``speakers`` people are heard for a second or more.
 
@@ -107,7 +129,7 @@ def meeting(
     shares = {item.corpus: 1.0 for item in corpus.utterances if item.split == split}
     places = max(len(Conversation().speakers), speakers)
     people = tuple(float(place + 1 == speakers) for place in range(places))
-    style = Conversation(speakers=people, sources=shares)
+    style = Conversation(speakers=people, sources=shares, whole=whole)
     simulator = Simulator(corpus, Acoustics(), style, split=split)
     known = sum(len(names) for names in simulator.by_speaker.values())
     if speakers > known:
@@ -120,7 +142,12 @@ def meeting(
         for span in reference:
             heard[span.speaker] += span.end - span.start
         if len(heard) == speakers and min(heard.values()) >= 1.0:
-            return Clip(f"{speakers}_speakers_{seed[-1]:02}", scene.wave, reference)
+            words = tuple(
+                (Span(first * HOP / RATE, end * HOP / RATE, item.speaker or item.id), item.text)
+                for _, index, first, end in sorted(scene.said, key=lambda said: said[2])
+                if (item := corpus.utterances[index]).text
+            )
+            return Clip(f"{speakers}_speakers_{seed[-1]:02}", scene.wave, reference, words)
     raise ValueError(
         f"{split}: in {ATTEMPTS} conversations of {seconds:g} s not all of {speakers} speakers are "
         "heard for a second; expected longer ones"
@@ -146,3 +173,57 @@ def spans(corpus: Corpus, scene: Scene) -> Iterator[Span]:
             if name:
                 yield Span(at * HOP / RATE, (at + length) * HOP / RATE, name)
             at += length
+
+
+class Write(Settings):
+    """What is written where.
+
+    Attributes:
+        data: folder of stage 1.
+        target: folder of the conversations.
+        split: whose speakers: ``dev`` or ``train``.
+        meetings: which conversations.
+    """
+
+    data: Path
+    target: Path
+    split: str = "dev"
+    meetings: Meetings = Meetings(whole=True)
+
+
+def write_clip(clip: Clip, folder: Path) -> None:
+    """Writes ``NAME.flac``, ``NAME.rttm`` and, where words are known, ``NAME.seglst.json``."""
+    sf.write(folder / f"{clip.name}.flac", clip.wave, RATE)
+    lines = [
+        f"SPEAKER {clip.name} 1 {span.start:.3f} {span.end - span.start:.3f} "
+        f"<NA> <NA> {span.speaker} <NA> <NA>"
+        for span in sorted(clip.reference, key=lambda span: span.start)
+    ]
+    (folder / f"{clip.name}.rttm").write_text("\n".join(lines) + "\n")
+    if clip.words:
+        segments = [
+            {
+                "session_id": clip.name,
+                "speaker": span.speaker,
+                "start_time": round(span.start, 3),
+                "end_time": round(span.end, 3),
+                "words": text,
+            }
+            for span, text in clip.words
+        ]
+        (folder / f"{clip.name}.seglst.json").write_text(json.dumps(segments, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line of the stage."""
+    settings = from_arguments(Write, "conversations", "write simulated conversations")
+    settings.target.mkdir(parents=True, exist_ok=True)
+    made = simulated_clips(Corpus(settings.data), settings.meetings, split=settings.split)
+    for clips in made.values():
+        for clip in clips:
+            write_clip(clip, settings.target)
+    print(f"{sum(map(len, made.values()))} conversations in {settings.target}")
+
+
+if __name__ == "__main__":
+    main()

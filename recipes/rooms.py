@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import butter, sosfilt
 
 from recipes.corpus import RATE
 from recipes.settings import Settings, from_arguments
@@ -88,6 +89,14 @@ def response(
     return out[:length]
 
 
+def without_bias(out: NDArray[np.float64], rate: int = RATE) -> NDArray[np.float64]:
+    """Takes out what lies below 80 Hz, as the paper does: all images push the same way.  [N] → [N]
+
+    Their sum is a slow pressure no real room has, and it would outlast the sound.
+    """
+    return np.asarray(sosfilt(butter(2, 80, "high", fs=rate, output="sos"), out))
+
+
 def _spread(out: NDArray[np.float64], at: NDArray[np.float64], gain: NDArray[np.float64]) -> None:
     """Adds windowed sincs of the given gains at fractional samples, in place."""
     first = np.floor(at).astype(np.int64) - TAPS // 2 + 1
@@ -137,6 +146,7 @@ def make(settings: Rooms) -> Bank:
             source = _place(rng, sides, microphone, settings.distance)
             delay = np.linalg.norm(source - microphone) * RATE / SOUND
             whole = response(sides, source, microphone, beta, length + int(delay))
+            whole = without_bias(whole)
             direct = round(float(delay))
             part = whole[direct : direct + length]
             place[: len(part)] = part / whole[direct]

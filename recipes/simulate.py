@@ -78,6 +78,7 @@ class Conversation(Settings):
             conversations about 40 % of these intervals are overlaps and their mode is near 0.2 s
             (Heldner & Edlund, Journal of Phonetics 38, 2010; Stivers et al., PNAS 106, 2009), as in
             a normal distribution of 0.15 ± 0.6 s.
+        whole: a turn is one whole utterance, so that its words are known; else of a drawn length.
         lull: share of pauses that are long ones.
         lull_s: longest of the long pauses.
         backchannel: share of turns with a short remark of another speaker inside.
@@ -91,6 +92,7 @@ class Conversation(Settings):
     overlap_s: float = 0.7
     pause_s: float = 0.35
     transfer_s: tuple[float, float] | None = None
+    whole: bool = False
     lull: float = 0.2
     lull_s: float = 6.0
     backchannel: float = 0.15
@@ -108,6 +110,7 @@ class Scene:
         rows: int64 [hops, 3], the teacher's row of each active local speaker, or −1.
         utterances: the utterance whose embedding stands for each local speaker, or −1.
         text: verbatim transcript of a scene of one whole utterance, or "".
+        said: (local speaker, utterance, first hop, end hop) of each whole utterance in it.
     """
 
     wave: NDArray[np.float32]
@@ -115,6 +118,7 @@ class Scene:
     rows: NDArray[np.int64]
     utterances: list[int] = field(default_factory=lambda: [-1] * LOCAL_SPEAKERS)
     text: str = ""
+    said: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
 
 
 class Simulator:
@@ -263,11 +267,18 @@ class _Stage:
         self.rows = np.full((hops, speakers), -1, np.int64)
         self.utterances = [-1] * speakers
         self.heard: dict[int, int] = {}  # speaker → local index, in order of appearance
+        self.said: list[tuple[int, int, int, int]] = []
         self.left: dict[int, tuple[int, int]] = {}  # speaker → utterance and hop to go on from
 
     def turn(self, people: Sequence[Sequence[int]], speaker: int, at: int, length: int) -> int:
         """Lets a speaker talk at hop ``at`` for about ``length`` hops; gives the end."""
         local = self.heard.setdefault(speaker, len(self.heard))
+        if self.simulator.conversation.whole:
+            index = int(self.rng.choice(people[speaker]))
+            first, last = self.simulator.bounds[index]
+            if at + last - first <= self.hops:
+                self.say(local, index, first, last, at)
+            return at + last - first
         end = min(at + length, self.hops)
         now = at
         while now < end - 5:
@@ -306,6 +317,8 @@ class _Stage:
             active, np.arange(begin, begin + last - first), -1
         )
         self.utterances[local] = index
+        if (first, last) == self.simulator.bounds[index]:
+            self.said.append((local, index, at, at + last - first))
 
     def finish(self, *, clean: bool = False) -> Scene:
         """Levels, room, noise and band → the scene; a ``clean`` one has its level alone."""
@@ -328,7 +341,7 @@ class _Stage:
         peak = np.abs(wave).max()
         if peak > 0.99:
             wave *= 0.99 / peak
-        return Scene(wave, self.activity, self.rows, self.utterances)
+        return Scene(wave, self.activity, self.rows, self.utterances, said=self.said)
 
     def _dirty(self, wave: NDArray[np.float32], loudness: float) -> NDArray[np.float32]:
         """Adds what the microphone hears beside the speakers, and what the line takes away."""

@@ -232,6 +232,43 @@ def run_stages(folder: Path, data: Path, sources: dict[str, float]) -> None:
     checkpoint = str(run / "checkpoint.pt")
     weights = folder / "weights"
     stage("export", {"checkpoint": checkpoint, "target": str(weights)}, folder)
+    talks = folder / "talks"
+    stage(
+        "conversations",
+        {
+            "data": str(data),
+            "target": str(talks),
+            "meetings": {"speakers": [2], "each": 2, "seconds": 12, "whole": True},
+        },
+        folder,
+    )
+    shared = {"checkpoint": str(weights), "data": str(data), "conversations": str(talks)}
+    tracks = weights / "tracks.json"
+    stage(
+        "calibrate",
+        shared
+        | {
+            "target": str(tracks),
+            "simulated": 1,
+            "simulated_hops": 500,
+            "rounds": 1,
+            "candidates": {"turns.onset": [0.5, 0.7], "turns.min_off_ms": [300, 700]},
+        },
+        folder,
+    )
+    report = folder / "score.json"
+    stage(
+        "score",
+        shared
+        | {
+            "tracks": str(tracks),
+            "report": str(report),
+            "meetings": {"speakers": [2], "each": 1, "seconds": 12},
+            "open_set": {"splits": 2, "clips": 2},
+        },
+        folder,
+    )
+    print(f"  {finite(json.loads(report.read_text()))} numbers, all of them finite", flush=True)
     return
 
 

@@ -12,6 +12,7 @@ from model.heads import (
 from model.state import Window
 from recipes.export import load_student, write_checkpoints
 from recipes.finetune import Finetune, Run
+from recipes.loop import resume, save
 from recipes.settings import load
 from recipes.student import Shape, Student
 
@@ -63,14 +64,13 @@ def test_losses_fall(settings):
 
 
 def test_a_run_that_was_cut_makes_the_same_steps(settings, tmp_path):
-    settings = settings.model_copy(update={"run": tmp_path})
     run = Run(settings)
     for _ in range(3):
         run.advance()
-    run.save()
+    save(run, tmp_path)
     expected = [run.advance() for _ in range(2)]
     again = Run(settings)
-    assert again.resume()
+    assert resume(again, tmp_path)
     assert again.step == 3
     assert [again.advance() for _ in range(2)] == expected
     for name, parameter in again.student.named_parameters():
@@ -78,8 +78,27 @@ def test_a_run_that_was_cut_makes_the_same_steps(settings, tmp_path):
         assert torch.equal(again.average[name], run.average[name]), name
 
 
-def test_a_new_run_has_nothing_to_resume(settings, tmp_path):
-    assert not Run(settings.model_copy(update={"run": tmp_path})).resume()
+def test_scenes_made_ahead_by_another_process_are_the_same(settings):
+    alone = Run(settings.model_copy(update={"workers": 0}))
+    helped = Run(settings.model_copy(update={"workers": 1}))
+    try:
+        for step in range(2):
+            for (one, seen), (other, also) in zip(alone.feed(step), helped.feed(step), strict=True):
+                assert torch.equal(one.wave, other.wave)
+                assert torch.equal(one.rows, other.rows)
+                assert seen == also
+    finally:
+        helped.feed.close()
+
+
+def test_settings_change_where_a_phase_begins(settings):
+    phases = {5: {"weights.ctc": 2.0}, 9: {"weights.ctc": 3.0, "acoustics.clean": 0.5}}
+    changing = settings.model_copy(update={"phases": phases})
+    assert changing.at(4) == changing
+    assert changing.at(5).weights.ctc == 2
+    assert changing.at(20).weights.ctc == 3
+    assert changing.at(20).acoustics.clean == 0.5
+    assert changing.at(8).acoustics.clean == 0
 
 
 def test_the_rate_rises_stays_and_falls(settings):
