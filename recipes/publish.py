@@ -46,14 +46,14 @@ def diarization_rows(modes: Mapping[str, Mode]) -> list[Row]:
     rows += [
         (
             "**DER**, simulated" + ("" if count == "all" else f", {count} speakers"),
-            lambda m, c=count: _rate(m["simulated"][c]["der"]),
+            lambda m, c=count: _of(m, c, lambda error: _rate(error["der"])),
         )
         for count in first["simulated"]
     ]
     rows += [
-        ("… missed / false alarm / confusion", lambda m: _parts(m["simulated"]["all"])),
-        ("… speakers found", lambda m: _found(m["simulated"]["all"])),
-        ("… too many or few a conversation", lambda m: _miscounted(m["simulated"]["all"])),
+        ("… missed / false alarm / confusion", lambda m: _of(m, "all", _parts)),
+        ("… speakers found", lambda m: _of(m, "all", _found)),
+        ("… too many or few a conversation", lambda m: _of(m, "all", _miscounted)),
     ]
     return rows
 
@@ -174,6 +174,11 @@ def blocks(scores: Path = SCORES, peers: Path = PEERS) -> dict[str, str]:
         "summary": summary_block(ours),
         "peers": peers_block(theirs),
     }
+
+
+def _of(mode: Mode, group: str, cell: Callable[[Mapping[str, float]], str]) -> str:
+    """A cell about a group of simulated conversations, or a dash where it was not measured."""
+    return cell(mode["simulated"][group]) if group in mode["simulated"] else "–"
 
 
 def _rate(value: float) -> str:

@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,28 @@ def test_a_number_that_is_none(livesat):
 
 def test_a_missing_argument(livesat):
     livesat("annotate").complains("AUDIO", code=2)
+
+
+def test_a_decoder_that_is_none(livesat, opening):
+    livesat("annotate", opening, "--decoder", "best").complains(
+        "tracks.words.decoder", "best", "beam", code=2
+    )
+
+
+def test_a_language_model_that_cannot_be_read(livesat, opening, tmp_path):
+    (tmp_path / "some.arpa").write_text("not that")
+    for name in ("some.arpa", "none.arpa"):
+        words = {"words": {"language_model": str(tmp_path / name)}}
+        more = {"tracks": words, "log": {"level": "warning"}}
+        path = config(tmp_path, sources={"a": {"kind": "stdin"}}, **more)
+        livesat("annotate", opening, "--config", path).complains(name, "ARPA", code=1)
+
+
+def test_the_beam_without_its_extra(livesat, opening, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kenlm", None)
+    livesat("annotate", opening, "--decoder", "beam").complains(
+        "kenlm is not installed", "pip install 'livesat[lm]'", code=1
+    )
 
 
 def test_a_chunk_that_is_no_whole_number_of_frames(livesat, opening):

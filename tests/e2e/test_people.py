@@ -87,6 +87,8 @@ def test_scores_of_a_folder(livesat, opening, tmp_path):
     assert result.code == 0, result.err
     for words in ("DER, overlap scored", "confusion", "streaming", "offline", "WER", "latency p99"):
         assert words in result.out
+    assert "words: beam" in result.out
+    assert "partial words later changed" in result.out
 
     scores = json.loads((tmp_path / "scores.json").read_text())
     (file,) = scores["files"]
@@ -98,8 +100,12 @@ def test_scores_of_a_folder(livesat, opening, tmp_path):
     )
     assert math.isfinite(scores["total"]["offline"]["der"]["rate"])
 
-    printed = livesat("eval", tmp_path, "--no-offline", "--json", "-")
+    assert scores["decoder"] == "beam"
+    assert streaming["partial_words"] >= 0
+
+    printed = livesat("eval", tmp_path, "--no-offline", "--decoder", "greedy", "--json", "-")
     assert json.loads(printed.out)["total"]["offline"] is None
+    assert json.loads(printed.out)["decoder"] == "greedy"
 
 
 def test_scores_at_several_latencies(livesat, opening, tmp_path):

@@ -31,6 +31,7 @@ def test_it_holds_the_checkpoint_the_demo_and_the_licence(wheel):
         "model/weights/diarization/config.json",
         "model/weights/speaker/config.json",
         "model/weights/ctc/vocab.json",
+        "model/weights/ctc/language_model.arpa.gz",
         "model/weights/MODEL_CARD.md",
         "stream/demo/meeting.flac",
         "stream/demo/meeting.rttm",

@@ -12,7 +12,8 @@ from recipes.student import VOCABULARY
 from stream.tracks.language import LanguageModel
 from stream.tracks.settings import TracksSettings
 
-EMBEDDED = Path(__file__).parents[2] / "model/weights/ctc/language_model.arpa.gz"
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "model/weights/ctc/language_model.arpa.gz"
 
 
 def text(lines=60, seed=0):
@@ -114,9 +115,9 @@ def test_cutoffs_leave_rare_n_grams_out_and_the_bytes_are_the_same_every_time(tm
 def test_the_settings_of_the_embedded_model_can_be_read():
     from recipes.language_model import LanguageModel as Recipe
 
-    settings = load(Recipe, Path("recipes/language_model.yaml"))
+    settings = load(Recipe, ROOT / "recipes/language_model.yaml")
     assert len(settings.cutoffs) == settings.order
-    assert EMBEDDED.samefile(settings.target)
+    assert EMBEDDED.samefile(ROOT / settings.target)
 
 
 def guess(sentence, rng):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from stream.clock import HOP
 from stream.evaluate import flicker
-from stream.tracks import language as language_module
 from stream.tracks.decoding import Beam, BeamState, Symbols
 from stream.tracks.frames import Frames, Vocabulary
 from stream.tracks.language import BEGIN, LanguageModel, LanguageModelError, open_language_model
@@ -210,7 +209,6 @@ def test_the_beam_is_taken_where_it_can_be_had(file):
 
 def test_without_the_extra_words_are_decoded_greedily_and_the_log_says_so(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "kenlm", None)
-    monkeypatch.setattr(language_module, "_installed", lambda: False)
     with structlog.testing.capture_logs() as logs:
         assert open_language_model(words(), file, VOCABULARY) is None
     assert [entry["log_level"] for entry in logs] == ["warning"]
