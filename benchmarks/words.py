@@ -15,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe
-from recipes.score import SYMBOLS, stamper
+from recipes.diarization import stamp
 from recipes.student import VOCABULARY
 from sinks.events import Event
 from stream.clock import FRAME_RATE, HOP
 from stream.evaluate import flicker, transcript
 from stream.score import Edits, character_errors, plain, word_errors
-from stream.tracks.frames import Frames
+from stream.tracks.frames import Frames, Vocabulary
 from stream.tracks.language import NAMES, LanguageModel
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
 
 CHUNK = 25
+SYMBOLS = Vocabulary(VOCABULARY, blank=0)
 WEIGHTS = files("model") / "weights/ctc"
 
 
@@ -52,7 +53,7 @@ def posteriors(text: str, rng: np.random.Generator, margin: float) -> NDArray[np
 
 def hear(scores: NDArray[np.float32], language: LanguageModel | None) -> tuple[list[Event], float]:
     """A stream's events, and the seconds that the tracks took for them."""
-    tracks = Tracks(TracksSettings(), vocabulary=SYMBOLS, language=language, stamp=stamper())
+    tracks = Tracks(TracksSettings(), vocabulary=SYMBOLS, language=language, stamp=stamp())
     events: list[Event] = []
     began = time.process_time()
     for first in range(0, len(scores), CHUNK):
