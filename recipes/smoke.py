@@ -231,7 +231,19 @@ def run_stages(folder: Path, data: Path, sources: dict[str, float]) -> None:
     falls(run / "log.jsonl", losses)
     checkpoint = str(run / "checkpoint.pt")
     weights = folder / "weights"
-    stage("export", {"checkpoint": checkpoint, "target": str(weights)}, folder)
+    normalised = str(run / "normalised.pt")
+    stage(
+        "normalise",
+        {
+            "checkpoint": checkpoint,
+            "target": normalised,
+            "data": str(data),
+            "scenes": 40,
+            "sources": sources,
+        },
+        folder,
+    )
+    stage("export", {"checkpoint": normalised, "target": str(weights)}, folder)
     talks = folder / "talks"
     stage(
         "conversations",

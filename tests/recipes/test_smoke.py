@@ -9,7 +9,16 @@ from recipes.smoke import falls, finite, main
 def test_every_stage_runs_from_the_files_of_the_last(capsys):
     main()
     said = capsys.readouterr().out
-    for stage in ("prepare", "rooms", "pretrain", "finetune", "export", "calibrate", "score"):
+    for stage in (
+        "prepare",
+        "rooms",
+        "pretrain",
+        "finetune",
+        "normalise",
+        "export",
+        "calibrate",
+        "score",
+    ):
         assert f"{stage}: " in said
 
 
