@@ -3,8 +3,8 @@
 Within-class covariance normalisation (Hatch, Kajarekar & Stolcke, Interspeech 2006) of the voice
 embeddings, folded into the x-vector head's last layer: the checkpoint stays an ordinary one. The
 covariance is that of short scenes of the training speakers, clean and in rooms and noise. The
-encoder has learnt these very speakers, so it is nearer to a sphere for them than for others: how much
-of a sphere is mixed in cannot be told from them, and is a setting.
+encoder has learnt these very speakers, so how much of a sphere to mix in cannot be told from them:
+it is a setting.
 """
 
 from pathlib import Path
