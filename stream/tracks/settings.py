@@ -42,6 +42,11 @@ class TurnsSettings(Settings):
     )
     min_on_ms: int = Field(default=200, ge=20, description="A shorter turn never was.")
     min_off_ms: int = Field(default=300, ge=20, description="A shorter pause does not end a turn.")
+    give_way_ms: int = Field(
+        default=300,
+        ge=20,
+        description="Nor does it, if another speaker talks in it, when it is shorter than this, too.",
+    )
     max_turn_ms: int = Field(
         default=20_000, ge=1_000, description="A longer turn is cut, so that a final comes."
     )

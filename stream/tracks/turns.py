@@ -210,6 +210,7 @@ class Turns:
         self._hold = turns.hold
         self._min_on = hops(turns.min_on_ms) * HOP
         self._min_off = hops(turns.min_off_ms) * HOP
+        self._give_way = min(hops(turns.give_way_ms) * HOP, self._min_off)
         self._max_turn = hops(turns.max_turn_ms) * HOP
         self._update = hops(turns.update_ms) * HOP
         self._block = max(1, hops(turns.change_window_ms) // BLOCKS)
@@ -353,13 +354,15 @@ class Turns:
     def _advance(self, index: int, channel: Channel, run: Run) -> list[Event]:
         """What the passing of a frame means for a run."""
         now = self.state.cursor
+        others = any(other.on for other in self.state.channels if other is not channel)
+        over = now - run.last >= (self._give_way if others else self._min_off)
         if not run.told:
             if run.last - run.start >= self._min_on:
                 return self._begin(index, run)
-            if now - run.last >= self._min_off:
+            if over:
                 channel.run = None
             return []
-        if now - run.last >= self._min_off:
+        if over:
             channel.run = None
             return self._end(index, run, run.last) + self._fall_silent()
         if channel.on and now - run.start >= self._max_turn:
