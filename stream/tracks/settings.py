@@ -45,7 +45,7 @@ class TurnsSettings(Settings):
     give_way_ms: int = Field(
         default=300,
         ge=20,
-        description="Nor does it, if another speaker talks in it, when it is shorter than this, too.",
+        description="The same for a pause in which another speaker talks: it ends a turn sooner.",
     )
     max_turn_ms: int = Field(
         default=20_000, ge=1_000, description="A longer turn is cut, so that a final comes."
