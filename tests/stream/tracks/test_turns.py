@@ -275,3 +275,14 @@ def test_revisions_say_what_was_said(seed):
     started = {e.turn_id for e in events if e.type == "turn.started"}
     assert started == {e.turn_id for e in events if e.type == "turn.ended"}
     revised(events)
+
+
+def test_a_pause_ends_a_turn_sooner_where_another_speaker_talks_in_it():
+    patient = SETTINGS.over({"turns": {"min_off_ms": 2000, "give_way_ms": 200}})
+    alone = scene([Talk(0, 0, 80), Talk(0, 150, 230)], 350)
+    assert turns(run(alone, patient)) == [("S1", 0, 230)]
+    answered = scene([Talk(0, 0, 80), Talk(1, 80, 150, 1), Talk(0, 150, 230)], 350)
+    expected = [("S1", 0, 80), ("S1", 150, 230), ("S2", 80, 150)]
+    assert sorted(turns(run(answered, patient))) == expected
+    hasty = patient.over({"turns": {"give_way_ms": 2000}})
+    assert ("S1", 0, 230) in turns(run(answered, hasty))
