@@ -209,6 +209,7 @@ def test_the_beam_is_taken_where_it_can_be_had(file):
 
 def test_without_the_extra_words_are_decoded_greedily_and_the_log_says_so(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "kenlm", None)
+    structlog.reset_defaults()  # another test's configuration may be quieter
     with structlog.testing.capture_logs() as logs:
         assert open_language_model(words(), file, VOCABULARY) is None
     assert [entry["log_level"] for entry in logs] == ["warning"]
