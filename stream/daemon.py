@@ -7,7 +7,7 @@ import asyncio
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
@@ -24,7 +24,7 @@ from stream.engine import Engine, EngineFull
 from stream.fanout import Fanout
 from stream.metrics import Histogram
 from stream.session import Health, Session, Stamp
-from stream.sources.source import Block, Source, SourceError
+from stream.sources.source import Block, Listener, Source, SourceError
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.voiceprints import Voiceprints, default_path
 
@@ -119,21 +119,21 @@ async def run(
         SinkError: a sink cannot be opened, or finals did not reach it.
     """
     config.log.configure()
-    house = _House(config, on_event, stop or asyncio.Event())
+    house = House(config, on_event, stop or asyncio.Event())
     async with AsyncExitStack() as stack:
         stack.enter_context(_signals(house.stop))  # first, so that it outlives the sinks' drain
         # What can fail on the user's mistake comes before anything is written.
+        listeners = {n: s for n, s in config.sources.items() if isinstance(s, Listener)}
+        sources = {n: s for n, s in config.sources.items() if not isinstance(s, Listener)}
         blocks = {
-            name: await stack.enter_async_context(source.open())
-            for name, source in config.sources.items()
+            name: await stack.enter_async_context(source.open()) for name, source in sources.items()
         }
-        house.engine = await stack.enter_async_context(
-            Engine(config.engine, streams=len(config.sources))
-        )
-        if house.engine.slots < len(config.sources):
+        streams = len(sources) + sum(listener.streams for listener in listeners.values())
+        house.engine = await stack.enter_async_context(Engine(config.engine, streams=streams))
+        if house.engine.slots < len(sources):
             raise EngineFull(
                 f"engine.slots is {house.engine.slots}, "
-                f"but there are {len(config.sources)} sources; expected as many slots or more"
+                f"but there are {len(sources)} sources; expected as many slots or more"
             )
         house.settings = await asyncio.to_thread(_thresholds, config, house.engine)
         house.language = await asyncio.to_thread(
@@ -146,15 +146,15 @@ async def run(
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
         )
-        await house.serve(blocks)
+        await house.serve(sources, blocks, listeners)
     if house.failures:
         raise SourceError("\n".join(house.failures))
     return house.summary()
 
 
 @dataclass
-class _House:
-    """The parts of one run and what they count."""
+class House:
+    """The parts of one run and what they count; an `Intake` to its listeners."""
 
     config: Config
     on_event: OnEvent | None
@@ -174,8 +174,17 @@ class _House:
     latency: Histogram = field(default_factory=Histogram)
     events: Counter[str] = field(default_factory=Counter[str])
 
-    async def serve(self, blocks: dict[str, AsyncIterator[Block]]) -> None:
-        """One task a stream and one for the batches, until the streams have ended."""
+    async def serve(
+        self,
+        sources: Mapping[str, Source],
+        blocks: Mapping[str, AsyncIterator[Block]],
+        listeners: Mapping[str, Listener],
+    ) -> None:
+        """A task a stream, one a listener and one for the batches.
+
+        Ends when the sources have; with listeners, when it is told to stop and they have let the
+        last caller go.
+        """
         settings = self.config.engine
         self.batches = Batches(
             self.engine.run,
@@ -185,46 +194,75 @@ class _House:
         began = monotonic()
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(self.batches.serve(), name="batches")
-            streams = [
-                group.create_task(self._stream(name, source, blocks[name]), name=f"stream:{name}")
-                for name, source in self.config.sources.items()
+            working = [
+                group.create_task(self._hear(name, source, blocks[name]), name=f"stream:{name}")
+                for name, source in sources.items()
+            ] + [
+                group.create_task(listener.serve(name, self), name=f"listener:{name}")
+                for name, listener in listeners.items()
             ]
             try:
-                await asyncio.wait(streams)
+                await asyncio.wait(working)
             finally:
                 serving.cancel()
         self.wall_s = monotonic() - began
 
-    async def _stream(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
-        """One session, from its source's first block to `session.closed`."""
+    async def stream(self, name: str, source: Source, *, tap: OnEvent | None = None) -> None:
+        """A listener's caller: see `Intake.stream`."""
         slot = self.engine.acquire()
         try:
-            session = self._session(name, source, slot)
-            self.sessions += 1
-            log.info("session opened", stream=name, session=session.id, source=source.name)
-            await self._publish(session.opened())
-            reason = "ended"
-            try:
-                async with aclosing(_until(self.stop, blocks)) as heard:
-                    async for block in heard:
-                        events, ready = session.feed(block)
-                        await self._publish(events)
-                        await self._advance(session, ready)
-                if self.stop.is_set():
-                    reason = "stopped"
-            except SourceError as error:
-                log.error("source failed", stream=name, error=str(error))  # noqa: TRY400 - one line
-                self.failures.append(str(error))
-                await self._publish(session.failed("source.failed", str(error)))
-                reason = "error"
-            await self._advance(session, session.close())
-            closed = session.closed(reason)
-            await self._publish(closed)
-            self.audio_s += clock.seconds(session.received)
-            self.lost_s += clock.seconds(session.lost)
-            log.info("session closed", stream=name, session=session.id, reason=reason)
+            async with source.open() as blocks:
+                await self._session_over(name, source, blocks, slot, tap)
         finally:
             self.engine.release(slot)
+
+    async def _hear(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
+        """A source of the configuration, already open."""
+        slot = self.engine.acquire()
+        try:
+            failure = await self._session_over(name, source, blocks, slot, None)
+            if failure is not None:
+                self.failures.append(failure)
+        finally:
+            self.engine.release(slot)
+
+    async def _session_over(
+        self,
+        name: str,
+        source: Source,
+        blocks: AsyncIterator[Block],
+        slot: int,
+        tap: OnEvent | None,
+    ) -> str | None:
+        """One session, from its source's first block to `session.closed`.
+
+        Returns:
+            Why the source failed, if it did.
+        """
+        session = self._session(name, source, slot)
+        self.sessions += 1
+        log.info("session opened", stream=name, session=session.id, source=source.name)
+        await self._publish(session.opened(), tap)
+        reason, failure = "ended", None
+        try:
+            async with aclosing(_until(self.stop, blocks)) as heard:
+                async for block in heard:
+                    events, ready = session.feed(block)
+                    await self._publish(events, tap)
+                    await self._advance(session, ready, tap)
+            if self.stop.is_set():
+                reason = "stopped"
+        except SourceError as error:
+            failure = str(error)
+            log.error("source failed", stream=name, error=failure)  # noqa: TRY400 - one line
+            await self._publish(session.failed("source.failed", failure), tap)
+            reason = "error"
+        await self._advance(session, session.close(), tap)
+        await self._publish(session.closed(reason), tap)
+        self.audio_s += clock.seconds(session.received)
+        self.lost_s += clock.seconds(session.lost)
+        log.info("session closed", stream=name, session=session.id, reason=reason)
+        return failure
 
     def _session(self, name: str, source: Source, slot: int) -> Session:
         engine, settings = self.engine, self.config.session
@@ -259,7 +297,7 @@ class _House:
             health=self._health,
         )
 
-    async def _advance(self, session: Session, ready: Sequence[Ready]) -> None:
+    async def _advance(self, session: Session, ready: Sequence[Ready], tap: OnEvent | None) -> None:
         for chunk in ready:
             frames = await self.batches.step(chunk)
             events = session.take(frames)
@@ -269,15 +307,17 @@ class _House:
                     if event.type in _TIMED:
                         behind_s = max(end_s - event.end, 0) + self.engine.stats.last_s
                         self.latency.observe(behind_s * 1000)
-            await self._publish(events)
+            await self._publish(events, tap)
 
-    async def _publish(self, events: Sequence[Event]) -> None:
+    async def _publish(self, events: Sequence[Event], tap: OnEvent | None) -> None:
         for event in events:
             self.events[event.type] += 1
             if event.type in _TIMED:
                 self.lag.observe(event.lag_ms)
             if self.on_event is not None:
                 self.on_event(event)
+            if tap is not None:
+                tap(event)
             await self.fanout.publish(event)
 
     def _health(self) -> Health:
@@ -290,6 +330,7 @@ class _House:
         )
 
     def summary(self) -> Summary:
+        """What was done so far."""
         return Summary(
             sessions=self.sessions,
             audio_s=round(self.audio_s, 6),

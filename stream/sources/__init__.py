@@ -1,4 +1,7 @@
-"""Where audio comes from. A new source is one file and one member of the union below."""
+"""Where audio comes from. A new source is one file and one member of the union below.
+
+A `Source` is one stream; a `Listener` waits for callers, each of which is one.
+"""
 
 from typing import Annotated
 
@@ -7,9 +10,10 @@ from pydantic import Field
 from stream.sources.file import FileSource
 from stream.sources.microphone import MicrophoneSource
 from stream.sources.stdin import StdinSource
+from stream.sources.tcp import TcpSource
 
 AnySource = Annotated[
-    FileSource | StdinSource | MicrophoneSource,
+    FileSource | StdinSource | MicrophoneSource | TcpSource,
     Field(discriminator="kind"),
 ]
 """Every source, told apart by ``kind``."""

@@ -1,12 +1,15 @@
 """What a source is: settings with a name, opened into an iterator of blocks."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sinks.events import Event
 
 GapReason = Literal["overflow", "unplugged", "network", "non-finite"]
 
@@ -46,5 +49,52 @@ class Source(Protocol):
 
         Raises:
             SourceError: it cannot be opened.
+        """
+        ...
+
+
+class Intake(Protocol):
+    """Where a listener brings its callers: the daemon, to a server."""
+
+    @property
+    def stop(self) -> asyncio.Event:
+        """Set when the daemon drains: take nobody new, let who is there finish."""
+        ...
+
+    async def stream(
+        self, name: str, source: Source, *, tap: Callable[[Event], None] | None = None
+    ) -> None:
+        """Run one session over ``source`` until it ends, or the daemon drains.
+
+        Args:
+            name: The stream's name in its events.
+            source: Opened here.
+            tap: Called with each event of this session, at once and on the event loop.
+
+        Raises:
+            EngineFull: no slot is free; nothing was opened.
+            SourceError: the source cannot be opened.
+        """
+        ...
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A source of sources: it waits for callers, and each of them is a stream of its own."""
+
+    @property
+    def streams(self) -> int:
+        """How many callers there may be at a time: as many slots are kept for them."""
+        ...
+
+    async def serve(self, name: str, intake: Intake) -> None:
+        """Take callers until the daemon drains; returns when the last has gone.
+
+        Args:
+            name: Its name in the configuration; streams are named after it.
+            intake: Where streams are brought.
+
+        Raises:
+            SourceError: it cannot listen.
         """
         ...

@@ -1,0 +1,174 @@
+import asyncio
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.clock import SAMPLE_RATE
+from stream.daemon import run
+from stream.sources.line import Line
+from stream.sources.pcm import BYTES, PcmDecoder
+from stream.sources.source import SourceError
+from tests.stream.conftest import speechlike
+from tests.stream.test_daemon import collected, config, content
+
+
+async def heard(line):
+    async with line.open() as blocks:
+        return [block async for block in blocks]
+
+
+class TestLine:
+    async def test_gives_what_it_was_fed_and_ends(self):
+        line = Line("x")
+        line.feed(np.ones(100, np.float32))
+        line.lose(50, "network")
+        line.feed(np.ones(10, np.float32))
+        line.end()
+        line.feed(np.ones(1, np.float32))  # after the end: nobody hears it
+        blocks = await heard(line)
+        assert [(len(b.samples), b.lost, b.reason) for b in blocks] == [
+            (100, 0, None),
+            (0, 50, "network"),
+            (10, 0, None),
+        ]
+
+    @given(st.lists(st.integers(1, 700), max_size=40))
+    def test_fed_faster_than_heard_it_accounts_for_every_sample(self, sizes):
+        async def scene():
+            line = Line("x", buffer_ms=50)  # 800 samples
+            total = 0
+            for size in sizes:
+                line.feed(np.arange(total, total + size, dtype=np.float32))
+                total += size
+            line.end()
+            at = kept = 0
+            for block in await heard(line):
+                at += block.lost
+                assert (block.samples == np.arange(at, at + len(block.samples))).all()
+                assert not block.lost or block.reason == "overflow"
+                at += len(block.samples)
+                kept += len(block.samples)
+            assert at == total
+            assert kept <= 800
+            assert line.lost == total - kept
+
+        asyncio.run(scene())
+
+    async def test_a_patient_sender_waits_and_loses_nothing(self):
+        line = Line("x", buffer_ms=20)  # 320 samples
+
+        async def send():
+            for _ in range(20):
+                await line.put(np.ones(200, np.float32))
+                assert line.waiting <= 320 + 200
+            line.end()
+
+        sending = asyncio.create_task(send())
+        blocks = await heard(line)
+        await sending
+        assert sum(len(b.samples) for b in blocks) == 4000
+        assert line.lost == 0
+
+    async def test_a_failure_comes_after_what_was_heard(self):
+        line = Line("x")
+        line.feed(np.ones(100, np.float32))
+        line.fail("x: cut off")
+        async with line.open() as blocks:
+            assert len((await anext(blocks)).samples) == 100
+            with pytest.raises(SourceError, match="cut off"):
+                await anext(blocks)
+
+
+class TestPcm:
+    @pytest.mark.parametrize("form", BYTES)
+    @given(st.lists(st.integers(0, 9), max_size=30))
+    def test_packets_of_any_size_give_the_same_samples(self, form, cuts):
+        data = np.random.default_rng(0).integers(0, 256, 120, np.uint8).tobytes()
+        if form == "f32le":
+            data = np.linspace(-1, 1, 30).astype("<f4").tobytes()
+        whole = PcmDecoder(form, 2).step(data)
+        decoder, parts, at = PcmDecoder(form, 2), [], 0
+        for cut in [*cuts, len(data)]:
+            parts.append(decoder.step(data[at : at + cut]))
+            at += cut
+        assert np.array_equal(np.concatenate(parts), whole)
+
+    def test_mulaw_is_that_of_the_standard(self, tmp_path):
+        codes = np.arange(256, dtype=np.uint8)
+        path = tmp_path / "codes.raw"
+        path.write_bytes(codes.tobytes())
+        expected, _ = soundfile.read(
+            path, dtype="float32", samplerate=8000, channels=1, format="RAW", subtype="ULAW"
+        )
+        assert np.allclose(PcmDecoder("mulaw").step(codes.tobytes()), expected, atol=1e-6)
+
+    def test_one_channel_or_their_mean(self):
+        data = np.array([[100, -200], [300, 500]], "<i2").tobytes()
+        assert np.allclose(PcmDecoder("s16le", 2, 1).step(data) * 32768, [-200, 500])
+        assert np.allclose(PcmDecoder("s16le", 2).step(data) * 32768, [-50, 400])
+
+    def test_a_channel_that_is_not_there(self):
+        with pytest.raises(ValueError, match=r"channel: expected 0…1, got 2"):
+            PcmDecoder("s16le", 2, 2)
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    """The port a TCP source was given."""
+    found = asyncio.Queue()
+    start = asyncio.start_server
+
+    async def started(*args, **keys):
+        server = await start(*args, **keys)
+        found.put_nowait(server.sockets[0].getsockname()[1])
+        return server
+
+    monkeypatch.setattr(asyncio, "start_server", started)
+    return found
+
+
+async def send(port, data, pieces=7):
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in np.array_split(np.frombuffer(data, np.uint8), pieces):
+        writer.write(part.tobytes())
+        await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_tcp_connection_is_a_stream_like_the_file(checkpoint, tmp_path, listening):
+    samples = speechlike(6 * SAMPLE_RATE, 5)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="PCM_16")
+    pcm, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    keys = {"session": {"heartbeat_s": 0}}
+    file = {"kind": "file", "path": tmp_path / "a.wav"}
+    expected, _ = await collected(config(checkpoint, {"door-1": file}, **keys))
+    door = {"kind": "tcp", "port": 0, "streams": 2}
+    stop, events = asyncio.Event(), []
+
+    def seen(event):
+        events.append(event)
+        if event.type == "session.closed":
+            stop.set()
+
+    settings = config(checkpoint, {"door": door}, **keys)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(run(settings, on_event=seen, stop=stop))
+        await send(await listening.get(), pcm.astype("<i2").tobytes())
+        summary = await running
+    assert content(events) == content(expected)
+    assert summary.sessions == 1
+
+
+async def test_a_port_that_is_taken_is_said_in_one_line(checkpoint):
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group of one
+            await run(config(checkpoint, {"door": {"kind": "tcp", "port": port}}))
+    assert f"tcp 127.0.0.1:{port}: cannot listen" in str(
+        caught.value.exceptions[0] if hasattr(caught.value, "exceptions") else caught.value
+    )
