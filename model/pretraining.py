@@ -370,7 +370,8 @@ def codebook_perplexity(probabilities: Tensor) -> Tensor:
     Source: wav2vec 2.0, section 2 (p̄ is the mean over the batch).
     """
     mean = probabilities.mean(dim=0)
-    return torch.exp(-torch.xlogy(mean, mean).sum(dim=-1)).sum()
+    # p log p is flat at 0, its derivative is not: an entry nobody uses must not make it infinite
+    return torch.exp(-(mean * mean.clamp(min=1e-7).log()).sum(dim=-1)).sum()
 
 
 def diversity_loss(perplexity: Tensor, entries: int) -> Tensor:

@@ -298,3 +298,11 @@ def test_mixing_is_seeded_and_can_be_off():
         mix_utterances(audio, prob=2)
     with pytest.raises(ValueError, match=r"expected \[B, N\], got \[100\]"):
         mix_utterances(audio[0])
+
+
+def test_an_entry_nobody_uses_has_a_finite_gradient():
+    logits = torch.tensor([[[200.0, -200.0, -200.0]]], requires_grad=True)
+    perplexity = codebook_perplexity(logits.softmax(-1))
+    assert perplexity.item() == pytest.approx(1, abs=1e-4)
+    diversity_loss(perplexity, 3).backward()
+    assert torch.isfinite(logits.grad).all()
