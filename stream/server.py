@@ -1,0 +1,150 @@
+"""The daemon's own server: audio comes in, events go out, over HTTP and WebSocket.
+
+Settings, and the life of the listening socket; what is served there is in ``stream.web``.
+Starlette, uvicorn and websockets are the ``server`` extra, imported when the server starts.
+"""
+
+import ipaddress
+import socket
+import ssl
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from stream.sources.source import Intake, SourceError
+
+log = structlog.get_logger(__name__)
+
+SHORTEST_TOKEN: Final = 16
+"""Characters below which a token can be guessed."""
+
+
+class ServerSettings(BaseModel):
+    """Where the server listens, whom it lets in, and how much of everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(
+        default=8080, ge=0, le=65535, description="0 takes a free one, which the log tells."
+    )
+    token: SecretStr | None = Field(
+        default=None, description="What a client must show; needed where others can connect."
+    )
+    tokens: tuple[SecretStr, ...] = Field(
+        default=(), description="More of them: one a client, so that one can be taken away."
+    )
+    tls_cert: Path | None = Field(default=None, description="Certificate with its chain, PEM.")
+    tls_key: Path | None = Field(default=None, description="Its key, PEM.")
+    origins: tuple[str, ...] = Field(
+        default=(),
+        description="Other sites whose pages may connect, as https://host:port; ours always may.",
+    )
+    proxies: tuple[str, ...] = Field(
+        default=(), description="Reverse proxies whose X-Forwarded-For is believed, by address."
+    )
+    max_streams: int = Field(default=4, ge=1, le=1024, description="Audio streams at a time.")
+    max_streams_per_ip: int | None = Field(
+        default=None, ge=1, description="Those of one address; null: no fewer than all."
+    )
+    max_connections: int = Field(default=256, ge=1, le=65_536, description="Of every kind.")
+    max_connections_per_ip: int = Field(default=64, ge=1, description="Those of one address.")
+    connects_per_minute: int = Field(
+        default=300, ge=1, description="Requests of one address, beyond which it must wait."
+    )
+    max_message_bytes: int = Field(
+        default=1 << 20, ge=1024, le=1 << 26, description="A longer WebSocket message is refused."
+    )
+    messages_per_s: float = Field(
+        default=200, gt=0, description="Small messages of one connection: beyond it is closed."
+    )
+    idle_s: float = Field(
+        default=60, gt=0, description="A connection that sends nothing for this long is closed."
+    )
+    buffer_ms: int = Field(default=2000, ge=20, description="Audio that may wait for the engine.")
+
+    @property
+    def streams(self) -> int:
+        """See `Listener.streams`."""
+        return self.max_streams
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every token; none means that whoever can connect may."""
+        tokens = self.tokens if self.token is None else (self.token, *self.tokens)
+        return tuple(token.get_secret_value() for token in tokens)
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        for secret in self.secrets:
+            if len(secret) < SHORTEST_TOKEN or not secret.isascii() or not secret.isprintable():
+                raise ValueError(
+                    f"expected tokens of {SHORTEST_TOKEN} or more printable ASCII characters, "
+                    f"got one of {len(secret)}"
+                )
+        if not self.local and not self.secrets:
+            raise ValueError(
+                f"expected a token where others can connect, got host {self.host!r} and none; "
+                "set server.token, or server.host to 127.0.0.1"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("expected tls_cert and tls_key together, got one of them")
+        return self
+
+    async def serve(self, name: str, intake: Intake) -> None:
+        """See `Listener.serve`."""
+        try:
+            from stream.web.server import serve
+        except ImportError as error:
+            raise SourceError(
+                f"the server needs {error.name}; pip install 'livesat[server]' brings it"
+            ) from error
+        with self._socket() as listening:
+            address, port = listening.getsockname()[:2]
+            log.info("listening", source=name, kind="server", host=address, port=port)
+            if not self.local and self.tls_cert is None:
+                log.warning("tokens and audio travel unencrypted", host=address, hint="tls_cert")
+            await serve(self, name, intake, listening)
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The certificate, loaded; blocks.
+
+        Raises:
+            SourceError: a file is missing or not what it should be.
+        """
+        if self.tls_cert is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.tls_cert, self.tls_key)
+        except OSError as error:
+            raise SourceError(
+                f"cannot use the TLS files {self.tls_cert}, {self.tls_key}: {error}"
+            ) from error
+        return context
+
+    def _socket(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((self.host, self.port))
+        except OSError as error:
+            listening.close()
+            raise SourceError(
+                f"server {self.host}:{self.port}: cannot listen ({error.strerror or error})"
+            ) from error
+        return listening

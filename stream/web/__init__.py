@@ -1,0 +1,1 @@
+"""What the server serves: audio in, and whatever pages and feeds are mounted beside it."""
