@@ -12,7 +12,10 @@ SYSTEM := \
 	"pulseaudio:pulseaudio:the fake-microphone tests" \
 	"pulseaudio-utils:pactl:the fake-microphone tests" \
 	"libasound2-plugins:/usr/share/doc/libasound2-plugins:the fake-microphone tests" \
-	"mosquitto:mosquitto:the MQTT tests against a real broker"
+	"mosquitto:mosquitto:the MQTT tests against a real broker" \
+	"redis-server:redis-server:the Redis Streams tests against a real server" \
+	"ffmpeg:ffmpeg:the tests that send RTP, HTTP and MPEG-TS" \
+	"chromium:chromium:the dashboard's tests"
 
 .PHONY: help setup demo test check bench scores build schema clean
 

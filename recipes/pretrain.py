@@ -95,6 +95,9 @@ class Pretraining:
             first.conv.weight.copy_(  # pyright: ignore[reportAttributeAccessIssue]
                 gabor_filters(settings.shape.conv_dim[0], settings.shape.conv_kernel[0])
             )
+            # The published start gives logits whose softmax is all but one-hot: the diversity loss
+            # then has no gradient, and the book stays with the few entries it began with.
+            self.model.quantizer.weight_proj.weight.mul_(settings.shape.width**-0.5)
         self.model.to(self.device)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]

@@ -148,6 +148,7 @@ class Guard:
         self._open, self._plain = frozenset(open_paths), frozenset(plain_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, or a refusal (ASGI)."""
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
