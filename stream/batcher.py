@@ -112,6 +112,12 @@ class Batches:
         self._active = active
         self._answers: dict[int, asyncio.Future[Frames]] = {}  # by id of the Ready
         self._wake = asyncio.Event()
+        self._began: float | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the batch in the engine has been there; 0 when there is none."""
+        return 0.0 if self._began is None else monotonic() - self._began
 
     def __len__(self) -> int:
         """Chunks that wait."""
@@ -150,6 +156,7 @@ class Batches:
                 continue
 
     async def _answer(self, batch: list[Ready]) -> None:
+        self._began = monotonic()
         try:
             results = await self._run(batch)
         except Exception as error:  # noqa: BLE001 - it is the waiting sessions' to raise
@@ -158,6 +165,8 @@ class Batches:
                 if answer is not None and not answer.done():
                     answer.set_exception(error)
             return
+        finally:
+            self._began = None
         for ready, frames in zip(batch, results, strict=True):
             answer = self._answers.get(id(ready))
             if answer is not None and not answer.done():

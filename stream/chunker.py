@@ -36,6 +36,25 @@ class Chunk:
     last: bool
 
 
+@dataclass
+class ChunkerState:
+    """Where a chunker is; samples of the stream's clock.
+
+    Attributes:
+        position: The next sample.
+        open: A segment is under way.
+        start: Where the next chunk begins.
+        origin: Where the segment began.
+        held: [n] samples that wait for their chunk.
+    """
+
+    position: int
+    open: bool
+    start: int
+    origin: int
+    held: NDArray[np.float32]
+
+
 class Chunker:
     """Cut a stream into chunks; the packets' sizes change nothing.
 
@@ -117,6 +136,23 @@ class Chunker:
         return [
             self._emit(self._held, last=index == steps - done - 1) for index in range(steps - done)
         ]
+
+    def state(self) -> ChunkerState:
+        """Where it is, for `restore`."""
+        held = self._buffer[: self._held].copy()
+        return ChunkerState(self.position, self._open, self._start, self._origin, held)
+
+    def restore(self, state: ChunkerState) -> None:
+        """Go on where the chunker that gave this `state` was.
+
+        Raises:
+            ValueError: it cut chunks of another size.
+        """
+        if state.held.ndim != 1 or len(state.held) >= self.chunk:
+            raise ValueError(f"expected [n < {self.chunk}] held samples, got {state.held.shape}")
+        self.position, self._open = state.position, state.open
+        self._start, self._origin, self._held = state.start, state.origin, len(state.held)
+        self._buffer[: self._held] = state.held
 
     def _begin(self) -> None:
         self._open = True

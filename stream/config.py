@@ -6,15 +6,23 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Final, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Self, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from sinks import AnySink
 from stream.engine import EngineSettings
 from stream.fanout import FanoutSettings
+from stream.server import ServerSettings
 from stream.sources import AnySource
 from stream.tracks.settings import TracksSettings
 
@@ -81,6 +89,18 @@ class SessionSettings(BaseModel):
         le=10_000,
         description="A hole up to this long is filled with silence; a longer one ends the segment.",
     )
+    state: Path | None = Field(
+        default=None,
+        description="File that keeps open sessions, so that a daemon started again goes on with "
+        "them; null keeps none. It holds voices: only its owner can read it.",
+    )
+    save_s: float = Field(default=5.0, gt=0, description="How often an open session is saved.")
+    resume_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long a session waits for its caller, or a restarted daemon, to go on; "
+        "0 ends it at once.",
+    )
 
 
 class Config(BaseModel):
@@ -89,7 +109,12 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: EngineSettings = EngineSettings()
-    sources: dict[Name, AnySource] = Field(min_length=1, description="Streams by name.")
+    sources: dict[Name, AnySource] = Field(
+        default_factory=dict[Name, AnySource], description="Streams by name."
+    )
+    server: ServerSettings | None = Field(
+        default=None, description="The daemon's own server: audio in, events out, a dashboard."
+    )
     sinks: dict[Name, AnySink] = Field(
         default_factory=dict[Name, AnySink], description="Where events go, by name."
     )
@@ -103,6 +128,12 @@ class Config(BaseModel):
         default=None, description="Database of enrolled voices; null is the user's own."
     )
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _something_to_hear(self) -> Self:
+        if not self.sources and self.server is None:
+            raise ValueError("expected sources, a server, or both: there is nothing to listen to")
+        return self
 
 
 def load(path: Path) -> Config:

@@ -10,10 +10,14 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
-from time import monotonic
+from functools import partial
+from operator import attrgetter
+from time import monotonic, time
 from typing import Final
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from sinks.events import Event, Latency
 from stream import clock
@@ -21,16 +25,27 @@ from stream.batcher import Batcher, Batches, Ready
 from stream.chunker import Chunker
 from stream.config import Config, ConfigError
 from stream.engine import Engine, EngineFull
+from stream.enrolment import LEAST_S
 from stream.fanout import Fanout
+from stream.feed import Feed
 from stream.metrics import Histogram
+from stream.server import Status
 from stream.session import Health, Session, Stamp
-from stream.sources.source import Block, Listener, Source, SourceError
+from stream.sources.line import Line
+from stream.sources.source import Block, Listener, Resumed, Source, SourceError
+from stream.survival import Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
-from stream.voiceprints import Voiceprints, default_path
+from stream.tracks.pipeline import NOBODY
+from stream.voiceprints import VoiceprintError, Voiceprints, default_path
 
 log = structlog.get_logger(__name__)
 
 OnEvent = Callable[[Event], None]
+
+SERVER: Final = "server"
+"""Name of the server among the listeners: its streams are named after what its callers say."""
+
+_NOTHING: Final = np.zeros(0, np.float32)
 
 _TIMED: Final = frozenset(
     {
@@ -123,8 +138,12 @@ async def run(
     async with AsyncExitStack() as stack:
         stack.enter_context(_signals(house.stop))  # first, so that it outlives the sinks' drain
         # What can fail on the user's mistake comes before anything is written.
-        listeners = {n: s for n, s in config.sources.items() if isinstance(s, Listener)}
+        listeners: dict[str, Listener] = {
+            n: s for n, s in config.sources.items() if isinstance(s, Listener)
+        }
         sources = {n: s for n, s in config.sources.items() if not isinstance(s, Listener)}
+        if config.server is not None:
+            listeners[SERVER] = config.server
         blocks = {
             name: await stack.enter_async_context(source.open()) for name, source in sources.items()
         }
@@ -143,6 +162,7 @@ async def run(
             house.engine.vocabulary,
         )
         house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
+        await house.find_survivors(stack)
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
         )
@@ -152,9 +172,34 @@ async def run(
     return house.summary()
 
 
+@dataclass(slots=True)
+class Live:
+    """An open session and what belongs to it.
+
+    Attributes:
+        session: The session.
+        source: What its source says it is.
+        called: A listener's caller opened it.
+        resumable: Whether it may outlive the process.
+        tap: See `Intake.stream`.
+        emitting: Held from the making of events to their publication: `seq` keeps its order.
+        position: See `Block.position`.
+        saved: When it was saved last, in monotonic seconds.
+    """
+
+    session: Session
+    source: str
+    called: bool
+    resumable: bool
+    tap: OnEvent | None
+    emitting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    position: int = 0
+    saved: float = field(default_factory=monotonic)
+
+
 @dataclass
 class House:
-    """The parts of one run and what they count; an `Intake` to its listeners."""
+    """The parts of one run and what they count; a `Desk` to its server and other listeners."""
 
     config: Config
     on_event: OnEvent | None
@@ -165,6 +210,12 @@ class House:
     gallery: Gallery | None = field(init=False, default=None)
     language: LanguageModel | None = field(init=False, default=None)
     batches: Batches = field(init=False)
+    survival: Survival | None = field(init=False, default=None)
+    feed: Feed = field(default_factory=Feed)
+    live: dict[str, Live] = field(default_factory=dict[str, Live])
+    """Open sessions by id."""
+    survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
+    """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
     audio_s: float = 0.0
@@ -201,30 +252,173 @@ class House:
                 group.create_task(listener.serve(name, self), name=f"listener:{name}")
                 for name, listener in listeners.items()
             ]
+            closing = group.create_task(self._close_unclaimed(), name="unclaimed")
             try:
                 await asyncio.wait(working)
             finally:
+                closing.cancel()
                 serving.cancel()
+                self.feed.close()
         self.wall_s = monotonic() - began
 
-    async def stream(self, name: str, source: Source, *, tap: OnEvent | None = None) -> None:
+    async def find_survivors(self, stack: AsyncExitStack) -> None:
+        """Open the file of open sessions and read them.
+
+        Raises:
+            SurvivalError: it cannot be used.
+        """
+        settings = self.config.session
+        if settings.state is None:
+            return
+        self.survival, found = await stack.enter_async_context(Survival.open(settings.state))
+        self.survivors = {survivor.token: survivor for survivor in found}
+        if found:
+            log.info("open sessions found", sessions=len(found))
+
+    async def stream(
+        self,
+        name: str,
+        source: Source,
+        *,
+        tap: OnEvent | None = None,
+        resume: Resumed | None = None,
+    ) -> None:
         """A listener's caller: see `Intake.stream`."""
         slot = self.engine.acquire()
         try:
             async with source.open() as blocks:
-                await self._session_over(name, source, blocks, slot, tap)
+                await self._session_over(
+                    name, source, blocks, slot, tap, called=True, resume=resume
+                )
         finally:
             self.engine.release(slot)
+
+    @property
+    def resume_s(self) -> float:
+        """See `Desk.resume_s`."""
+        return self.config.session.resume_s
+
+    def status(self) -> Status:
+        """See `Desk.status`."""
+        stats, live = self.engine.stats, self.live.values()
+        return Status(
+            streams=len(self.live),
+            slots=self.engine.slots,
+            lag_p50_ms=self.lag.quantile(0.5),
+            lag_p99_ms=self.lag.quantile(0.99),
+            realtime_factor=stats.realtime_factor,
+            busy_s=self.batches.busy_s,
+            engine_waiting=len(self.batches),
+            audio_s=stats.audio_s,
+            compute_s=stats.compute_s,
+            lost_s=self.lost_s + clock.seconds(sum(each.session.lost for each in live)),
+            batches=dict(stats.batches),
+            events=dict(self.events),
+            sinks=self.fanout.statistics(),
+            readers=len(self.feed),
+            evicted=self.feed.evicted,
+            stopping=self.stop.is_set(),
+        )
+
+    async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
+        """See `Desk.name_speaker`."""
+        live = self.live.get(session_id)
+        if live is None:
+            raise LookupError(f"no session {session_id} is open")
+        tracks = live.session.tracks
+        number = tracks.speaker(label)
+        if number is None:
+            raise LookupError(f"session {session_id} has no speaker {label}")
+        if enrol:
+            embedding, evidence_s = tracks.profile(number)
+            await asyncio.to_thread(self._enrol, name, embedding, evidence_s, session_id)
+            await self.look_again()
+        await self._emit(live, partial(live.session.name_speaker, number, name))
+
+    async def voices(self) -> list[str]:
+        """See `Desk.voices`."""
+        return await asyncio.to_thread(self._voice_names)
+
+    async def look_again(self) -> None:
+        """Read the enrolled voices again: every open session looks for them from now on.
+
+        Raises:
+            VoiceprintError: they cannot be read.
+        """
+        self.gallery = await asyncio.to_thread(_gallery, self.config, self.engine)
+        for live in self.live.values():
+            live.session.tracks.look_for(self.gallery or NOBODY)
+
+    def _enrol(
+        self, name: str, embedding: NDArray[np.float32], evidence_s: float, session_id: str
+    ) -> None:
+        """Keep a live speaker's voice; blocks."""
+        if self.engine.voice_id is None:
+            raise VoiceprintError("no speaker head is loaded: there is no voice to keep")
+        if evidence_s < LEAST_S:
+            raise VoiceprintError(
+                f"{name}: {evidence_s:.1f} s of clean speech so far; "
+                f"expected at least {LEAST_S:.0f} s"
+            )
+        with Voiceprints.open(self.config.voiceprints or default_path()) as store:
+            store.add(
+                name,
+                embedding,
+                checkpoint=self.engine.voice_id,
+                evidence_s=evidence_s,
+                consent=f"named and enrolled by a listener of session {session_id}",
+            )
+
+    def _voice_names(self) -> list[str]:
+        path = self.config.voiceprints or default_path()
+        if not path.is_file():
+            return []
+        with Voiceprints.open(path) as store:
+            return [voice.name for voice in store.voices()]
+
+    def claim(self, token: str) -> Survivor | None:
+        """The session of an earlier process with this token, if it can go on; only once."""
+        survivor = self.survivors.get(token)
+        if survivor is None or time() - survivor.saved > self.config.session.resume_s:
+            return None
+        return self.survivors.pop(token)
+
+    async def _close_unclaimed(self) -> None:
+        """End the sessions of an earlier process that nobody has gone on with in time."""
+        while self.survivors:
+            oldest = min(self.survivors.values(), key=attrgetter("saved"))
+            left_s = oldest.saved + self.config.session.resume_s - time()
+            if left_s > 0:
+                await asyncio.sleep(min(left_s, 1.0))  # the clock on the wall may be set
+                continue
+            del self.survivors[oldest.token]
+            line = Line(oldest.source)
+            line.end()
+            try:
+                await self.stream(oldest.stream, line, resume=oldest.resumed(exact=False))
+            except (SourceError, EngineFull) as error:
+                log.warning("session lost", session=oldest.session_id, error=str(error))
+                if self.survival is not None:
+                    await self.survival.forget(oldest.session_id)
 
     async def _hear(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
         """A source of the configuration, already open."""
         slot = self.engine.acquire()
         try:
-            failure = await self._session_over(name, source, blocks, slot, None)
+            failure = await self._session_over(
+                name, source, blocks, slot, None, called=False, resume=self._survivor_of(name)
+            )
             if failure is not None:
                 self.failures.append(failure)
         finally:
             self.engine.release(slot)
+
+    def _survivor_of(self, name: str) -> Resumed | None:
+        for token, survivor in self.survivors.items():
+            if survivor.stream == name and not survivor.called:
+                del self.survivors[token]
+                return survivor.resumed(exact=False)
+        return None
 
     async def _session_over(
         self,
@@ -233,38 +427,125 @@ class House:
         blocks: AsyncIterator[Block],
         slot: int,
         tap: OnEvent | None,
+        *,
+        called: bool,
+        resume: Resumed | None,
     ) -> str | None:
         """One session, from its source's first block to `session.closed`.
 
         Returns:
             Why the source failed, if it did.
         """
-        session = self._session(name, source, slot)
+        session = self._session(name, source, slot, resume)
+        live = Live(session, source.name, called, source.live, tap)
         self.sessions += 1
-        log.info("session opened", stream=name, session=session.id, source=source.name)
-        await self._publish(session.opened(), tap)
+        if resume is not None:
+            try:
+                await self._go_on(live, resume)
+            except SourceError as error:
+                if called:
+                    raise
+                log.warning("session begins anew", stream=name, error=str(error))
+                resume = None
+                session = live.session = self._session(name, source, slot, None)
+        if resume is None:
+            log.info("session opened", stream=name, session=session.id, source=source.name)
+            await self._emit(live, session.opened)
+        self.live[session.id] = live
+        try:
+            return await self._heard_out(live, blocks)
+        finally:
+            del self.live[session.id]
+
+    async def _go_on(self, live: Live, resume: Resumed) -> None:
+        """Take up a session of an earlier process.
+
+        Raises:
+            SourceError: it was saved under other settings or another checkpoint.
+        """
+        session = live.session
+        try:
+            await self.engine.load(session.slot, session.restore(resume.data))
+        except ValueError as error:
+            raise SourceError(f"session {resume.session_id} cannot go on: {error}") from error
+        live.position = resume.taken
+        if resume.next_seq is not None:
+            session.skip_to(resume.next_seq)
+        log.info("session goes on", stream=session.stream_id, session=session.id)
+        if not live.called:
+            away = clock.samples(max(time() - resume.saved, 0))
+            await self._take_in(live, Block(_NOTHING, monotonic(), away, "unplugged"))
+
+    async def _heard_out(self, live: Live, blocks: AsyncIterator[Block]) -> str | None:
+        """All blocks of a session, then its end."""
+        session = live.session
         reason, failure = "ended", None
         try:
             async with aclosing(_until(self.stop, blocks)) as heard:
                 async for block in heard:
-                    events, ready = session.feed(block)
-                    await self._publish(events, tap)
-                    await self._advance(session, ready, tap)
+                    await self._take_in(live, block)
             if self.stop.is_set():
                 reason = "stopped"
         except SourceError as error:
             failure = str(error)
-            log.error("source failed", stream=name, error=failure)  # noqa: TRY400 - one line
-            await self._publish(session.failed("source.failed", failure), tap)
+            log.error("source failed", stream=session.stream_id, error=failure)  # noqa: TRY400 - one line
+            await self._emit(live, lambda: session.failed("source.failed", str(failure)))
             reason = "error"
-        await self._advance(session, session.close(), tap)
-        await self._publish(session.closed(reason), tap)
+        if reason == "stopped" and self._outlives(live):
+            await self._save(live)
+            log.info("session kept", stream=session.stream_id, session=session.id)
+        else:
+            await self._advance(live, session.close())
+            await self._emit(live, lambda: session.closed(reason))
+            if self.survival is not None:
+                await self.survival.forget(session.id)
+            log.info("session closed", stream=session.stream_id, session=session.id, reason=reason)
         self.audio_s += clock.seconds(session.received)
         self.lost_s += clock.seconds(session.lost)
-        log.info("session closed", stream=name, session=session.id, reason=reason)
         return failure
 
-    def _session(self, name: str, source: Source, slot: int) -> Session:
+    async def _take_in(self, live: Live, block: Block) -> None:
+        """One block: its events, its chunks through the engine, and now and then the session."""
+        ready: list[Ready] = []
+
+        def fed() -> list[Event]:
+            events, chunks = live.session.feed(block)
+            ready.extend(chunks)
+            return events
+
+        await self._emit(live, fed)
+        await self._advance(live, ready)
+        live.position = max(live.position, block.position)
+        if block.flushed is not None:
+            block.flushed()
+        if self._outlives(live) and monotonic() - live.saved >= self.config.session.save_s:
+            await self._save(live)
+
+    def _outlives(self, live: Live) -> bool:
+        return self.survival is not None and live.resumable
+
+    async def _save(self, live: Live) -> None:
+        assert self.survival is not None
+        session = live.session
+        encoder = await self.engine.save(session.slot)
+        async with live.emitting:
+            await self.survival.save(
+                Survivor(
+                    session_id=session.id,
+                    stream=session.stream_id,
+                    token=session.resume_token,
+                    source=live.source,
+                    called=live.called,
+                    taken=live.position,
+                    received=session.received,
+                    saved=time(),
+                    seq=session.seq - 1,
+                    data=session.save(encoder),
+                )
+            )
+        live.saved = monotonic()
+
+    def _session(self, name: str, source: Source, slot: int, resume: Resumed | None) -> Session:
         engine, settings = self.engine, self.config.session
 
         def tracks(stamp: Stamp) -> Tracks:
@@ -295,30 +576,37 @@ class House:
             tracks=tracks,
             heartbeat_s=settings.heartbeat_s,
             health=self._health,
+            resume=resume,
         )
 
-    async def _advance(self, session: Session, ready: Sequence[Ready], tap: OnEvent | None) -> None:
+    async def _advance(self, live: Live, ready: Sequence[Ready]) -> None:
+        session = live.session
         for chunk in ready:
             frames = await self.batches.step(chunk)
-            events = session.take(frames)
-            if chunk.valid:
-                end_s = clock.seconds(chunk.start + len(chunk.samples))
-                for event in events:
-                    if event.type in _TIMED:
-                        behind_s = max(end_s - event.end, 0) + self.engine.stats.last_s
-                        self.latency.observe(behind_s * 1000)
-            await self._publish(events, tap)
+            end_s = clock.seconds(chunk.start + len(chunk.samples))
+            events = await self._emit(live, partial(session.take, frames))
+            for event in events if chunk.valid else ():
+                if event.type in _TIMED:
+                    behind_s = max(end_s - event.end, 0) + self.engine.stats.last_s
+                    self.latency.observe(behind_s * 1000)
 
-    async def _publish(self, events: Sequence[Event], tap: OnEvent | None) -> None:
-        for event in events:
-            self.events[event.type] += 1
-            if event.type in _TIMED:
-                self.lag.observe(event.lag_ms)
-            if self.on_event is not None:
-                self.on_event(event)
-            if tap is not None:
-                tap(event)
-            await self.fanout.publish(event)
+    async def _emit(self, live: Live, make: Callable[[], Sequence[Event]]) -> Sequence[Event]:
+        """Make events and publish them, one maker of a session at a time."""
+        async with live.emitting:
+            events = make()
+            for event in events:
+                self.events[event.type] += 1
+                if event.type in _TIMED:
+                    self.lag.observe(event.lag_ms)
+                if self.on_event is not None:
+                    self.on_event(event)
+                self.feed.publish(event)
+                if live.tap is not None:
+                    live.tap(event)
+                if self.survival is not None:
+                    self.survival.note(event.session_id, event.seq)
+                await self.fanout.publish(event)
+        return events
 
     def _health(self) -> Health:
         sinks = self.fanout.statistics()

@@ -7,15 +7,96 @@ Starlette, uvicorn and websockets are the ``server`` extra, imported when the se
 import ipaddress
 import socket
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self, cast
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from stream.fanout import Statistics
+from stream.feed import Feed
 from stream.sources.source import Intake, SourceError
+from stream.survival import Survivor
 
 log = structlog.get_logger(__name__)
+
+
+class Desk(Intake, Protocol):
+    """What the server asks of the house."""
+
+    @property
+    def feed(self) -> Feed:
+        """Everything that is emitted."""
+        ...
+
+    @property
+    def resume_s(self) -> float:
+        """How long a session waits for its caller to come back."""
+        ...
+
+    def claim(self, token: str) -> Survivor | None:
+        """The session of an earlier process with this token, once."""
+        ...
+
+    def status(self) -> "Status":
+        """How the house is."""
+        ...
+
+    async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
+        """Say who a label of an open session is.
+
+        Raises:
+            LookupError: no such session or label.
+            VoiceprintError: the voice cannot be kept.
+        """
+        ...
+
+    async def voices(self) -> list[str]:
+        """Names of the enrolled people."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the house is, at a glance.
+
+    Attributes:
+        streams: Open sessions.
+        slots: As many there could be.
+        lag_p50_ms: Capture to emission.
+        lag_p99_ms: Likewise.
+        realtime_factor: Compute seconds for a second of audio.
+        busy_s: For how long the batch in the engine has been there.
+        engine_waiting: Chunks that wait for the engine.
+        audio_s: Audio computed.
+        compute_s: Seconds of that.
+        lost_s: Seconds of audio in gaps, of closed sessions and open ones.
+        batches: Batch size → how many batches had it.
+        events: How many of each type.
+        sinks: Name → what became of its events.
+        readers: Subscribers of the feed.
+        evicted: Subscribers that were too slow.
+        stopping: The daemon drains.
+    """
+
+    streams: int
+    slots: int
+    lag_p50_ms: float
+    lag_p99_ms: float
+    realtime_factor: float
+    busy_s: float
+    engine_waiting: int
+    audio_s: float
+    compute_s: float
+    lost_s: float
+    batches: dict[int, int]
+    events: dict[str, int]
+    sinks: dict[str, Statistics]
+    readers: int
+    evicted: int
+    stopping: bool
+
 
 SHORTEST_TOKEN: Final = 16
 """Characters below which a token can be guessed."""
@@ -116,7 +197,8 @@ class ServerSettings(BaseModel):
             log.info("listening", source=name, kind="server", host=address, port=port)
             if not self.local and self.tls_cert is None:
                 log.warning("tokens and audio travel unencrypted", host=address, hint="tls_cert")
-            await serve(self, name, intake, listening)
+            # The one who serves a server is the house itself.
+            await serve(self, name, cast("Desk", intake), listening)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """The certificate, loaded; blocks.

@@ -4,6 +4,7 @@ Sans-I/O: blocks go in, chunks for the encoder come out; frames go in, events co
 """
 
 import secrets
+import struct
 import uuid
 from bisect import bisect_left
 from collections import Counter, deque
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sinks.events import (
     Error_,
@@ -25,9 +29,11 @@ from sinks.events import (
 )
 from stream import clock
 from stream.batcher import Ready
-from stream.chunker import Chunk, Chunker
-from stream.sources.source import Block, GapReason
+from stream.chunker import Chunk, Chunker, ChunkerState
+from stream.sources.source import Block, GapReason, Resumed
+from stream.tracks.codec import pack, unpack
 from stream.tracks.frames import Frames
+from stream.tracks.voices import Gallery
 
 Stamp = Callable[[int, int], dict[str, Any]]
 """(start, end) in samples → the envelope's fields of one event; consumes its `seq`."""
@@ -36,8 +42,36 @@ _REMEMBERED: Final = 4096
 """Capture times kept: minutes of blocks. An older sample's is extrapolated from the oldest."""
 
 
+_LENGTHS: Final = struct.Struct("<3q")
+"""Before a saved session: the lengths of its own state, the tracks' and the encoder's."""
+
+
 class TrackSet(Protocol):
     """What a session asks of its tracks."""
+
+    def speaker(self, label: str) -> int | None:
+        """The number of a label such as "S2", if there is such a speaker."""
+        ...
+
+    def profile(self, number: int) -> tuple[NDArray[np.float32], float]:
+        """[E] embedding of a speaker's voice so far and the seconds of clean speech in it."""
+        ...
+
+    def name(self, number: int, name: str) -> Sequence[Event]:
+        """A listener says who a speaker is."""
+        ...
+
+    def look_for(self, gallery: Gallery) -> None:
+        """From now on, these enrolled people."""
+        ...
+
+    def state(self) -> bytes:
+        """Everything they know."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Goes on from that; a ValueError if it is not such bytes."""
+        ...
 
     def step(self, frames: Frames) -> Sequence[Event]:
         """Frames → the events they cause, in order."""
@@ -57,6 +91,21 @@ class Health:
     dropped_partials: int = 0
 
 
+@dataclass
+class SessionState:
+    """What a session itself knows; see the attributes of `Session` of the same names."""
+
+    seq: int
+    segments: int
+    processed: int
+    lost: int
+    words: int
+    next_heartbeat: int
+    labels: list[str]
+    counts: dict[str, int]
+    chunker: ChunkerState
+
+
 class Session:
     """A stream's clock, slot, chunker and tracks.
 
@@ -74,6 +123,7 @@ class Session:
         heartbeat_s: Audio seconds between heartbeats; 0 for none.
         health: Asked at each heartbeat.
         now: Monotonic seconds, the clock of `Block.captured`.
+        resume: The session that goes on under its old name; follow up with `restore`.
     """
 
     def __init__(
@@ -89,10 +139,11 @@ class Session:
         heartbeat_s: float = 5.0,
         health: Callable[[], Health] = Health,
         now: Callable[[], float] = monotonic,
+        resume: Resumed | None = None,
     ) -> None:
-        self.id = uuid.uuid4().hex[:12]
+        self.id = uuid.uuid4().hex[:12] if resume is None else resume.session_id
         self.stream_id = stream_id
-        self.resume_token = secrets.token_urlsafe(18)
+        self.resume_token = secrets.token_urlsafe(18) if resume is None else resume.token
         self.slot = slot
         self.chunker = chunker
         self.tracks = tracks(self.stamp)
@@ -165,13 +216,78 @@ class Session:
                     message=f"{self._source} gives no audio ({block.reason}); waiting for it",
                 )
             )
-        if not block.lost:
+        if block.flushed is not None:
+            chunks += self.chunker.end()
+        elif not block.lost:
             self._stopped = block.reason
         if len(block.samples):
             self._stopped = None
             chunks += self.chunker.feed(block.samples)
             self._marks.append((self.received, block.captured))
         return self._counted(events), self._ready(chunks)
+
+    def save(self, encoder: bytes) -> bytes:
+        """Everything it takes to go on later, with ``encoder``, its slot's state.
+
+        Call it when no chunk is under way.
+        """
+        assert not self._inflight, f"saved with {len(self._inflight)} chunks under way"
+        own = pack(
+            SessionState(
+                seq=self._seq,
+                segments=self._segments,
+                processed=self.processed,
+                lost=self.lost,
+                words=self._words,
+                next_heartbeat=self._next_heartbeat,
+                labels=sorted(self._labels),
+                counts=dict(self._counts),
+                chunker=self.chunker.state(),
+            )
+        )
+        tracks = self.tracks.state()
+        return _LENGTHS.pack(len(own), len(tracks), len(encoder)) + own + tracks + encoder
+
+    def restore(self, data: bytes) -> bytes:
+        """Go on where the session that was saved as ``data`` was.
+
+        Returns:
+            The state of its encoder slot.
+
+        Raises:
+            ValueError: not a saved session, or one of other settings.
+        """
+        if len(data) < _LENGTHS.size:
+            raise ValueError(f"expected a saved session, got {len(data)} bytes")
+        lengths = _LENGTHS.unpack_from(data)
+        if min(lengths) < 0 or sum(lengths) + _LENGTHS.size != len(data):
+            raise ValueError(f"expected parts of {lengths} bytes, got {len(data)} in all")
+        first, second = _LENGTHS.size + lengths[0], _LENGTHS.size + lengths[0] + lengths[1]
+        state = unpack(SessionState, data[_LENGTHS.size : first])
+        self.chunker.restore(state.chunker)
+        self.tracks.restore(data[first:second])
+        self._seq, self._segments, self.processed = state.seq, state.segments, state.processed
+        self.lost, self._words, self._labels = state.lost, state.words, set(state.labels)
+        self._next_heartbeat, self._counts = state.next_heartbeat, Counter(state.counts)
+        return data[second:]
+
+    @property
+    def seq(self) -> int:
+        """The number the next event will have."""
+        return self._seq
+
+    def skip_to(self, seq: int) -> None:
+        """Numbers below ``seq`` were given out before: the next event's is no lower."""
+        self._seq = max(self._seq, seq)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no chunk is under way."""
+        return not self._inflight
+
+    def name_speaker(self, number: int, name: str) -> list[Event]:
+        """A listener says who a speaker is → the events of that."""
+        return self._counted(list(self.tracks.name(number, name)))
 
     def close(self) -> list[Ready]:
         """The audio ends → the chunks that bring out what is still under way."""

@@ -39,6 +39,11 @@ class FileSource(BaseModel):
         """For `session.opened`."""
         return f"file:{self.path.name}"
 
+    @property
+    def live(self) -> bool:
+        """See `Source.live`."""
+        return False
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
         """Open the file → its blocks.

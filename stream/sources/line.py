@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from time import monotonic
 
 import numpy as np
@@ -41,6 +42,16 @@ class Line:
         """Samples that went into gaps."""
 
     @property
+    def live(self) -> bool:
+        """See `Source.live`."""
+        return True
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more audio."""
+        return self._ended
+
+    @property
     def name(self) -> str:
         """For `session.opened`."""
         return self._name
@@ -50,31 +61,36 @@ class Line:
         """Samples the session has not taken yet."""
         return self._waiting
 
-    def feed(self, samples: NDArray[np.float32], captured: float | None = None) -> None:
+    def feed(
+        self, samples: NDArray[np.float32], captured: float | None = None, position: int = 0
+    ) -> None:
         """samples: [n] float32, mono, 16 kHz; older ones are lost if there is no room for them."""
         if self._ended or not len(samples):
             return
-        self._append(Block(samples, monotonic() if captured is None else captured))
+        at = monotonic() if captured is None else captured
+        self._append(Block(samples, at, position=position))
         while self._waiting > self._room:
             oldest = self._blocks.popleft()
             self._waiting -= len(oldest.samples)
             gone = oldest.lost + len(oldest.samples)
             self.lost += len(oldest.samples)
             if not self._blocks:
-                self._blocks.append(Block(np.zeros(0, np.float32), oldest.captured, gone))
+                self._blocks.append(replace(oldest, samples=np.zeros(0, np.float32), lost=gone))
                 break
             heir = self._blocks[0]
-            self._blocks[0] = Block(
-                heir.samples, heir.captured, heir.lost + gone, heir.reason or "overflow"
-            )
+            self._blocks[0] = replace(heir, lost=heir.lost + gone, reason=heir.reason or "overflow")
 
-    async def put(self, samples: NDArray[np.float32]) -> None:
-        """The same, but waits until there is room: nothing is lost."""
+    async def put(self, samples: NDArray[np.float32], position: int = 0) -> None:
+        """The same, then wait until there is room again: nothing is lost, nor if it is cancelled.
+
+        The samples are in before the wait, so that those of a later call never overtake them.
+        """
+        if self._ended or not len(samples):
+            return
+        self._append(Block(samples, monotonic(), position=position))
         while self._waiting >= self._room and not self._ended:
             self._taken.clear()
             await self._taken.wait()
-        if not self._ended and len(samples):
-            self._append(Block(samples, monotonic()))
 
     def lose(self, lost: int, reason: GapReason) -> None:
         """``lost`` samples are missing before the next ones."""
@@ -86,6 +102,11 @@ class Line:
         """The audio has stopped for a time nobody knows: what was heard must not wait for more."""
         if not self._ended:
             self._append(Block(np.zeros(0, np.float32), monotonic(), 0, reason))
+
+    def flush(self, done: Callable[[], None]) -> None:
+        """Bring out all that was heard so far, as at the end; ``done`` is called when it has."""
+        if not self._ended:
+            self._append(Block(np.zeros(0, np.float32), monotonic(), flushed=done))
 
     def end(self) -> None:
         """There will be no more audio."""

@@ -86,6 +86,11 @@ class MicrophoneSource(BaseModel):
         """For `session.opened`."""
         return f"microphone:{'default' if self.device is None else self.device}"
 
+    @property
+    def live(self) -> bool:
+        """See `Source.live`."""
+        return True
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
         """Open the device → blocks, until closed.

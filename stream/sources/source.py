@@ -28,12 +28,43 @@ class Block:
         lost: Samples that are missing right before ``samples``.
         reason: Why they are missing. With ``lost`` 0: the audio has stopped for this reason, and
             the block that resumes it will say how much is missing.
+        position: How many of its own samples the sender was heard with up to here, see
+            `Resumed.taken`; 0 for a sender that cannot send them again.
+        flushed: What was heard must come out now, as at the end of the audio; called when it has.
     """
 
     samples: NDArray[np.float32]
     captured: float
     lost: int = 0
     reason: GapReason | None = None
+    position: int = 0
+    flushed: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A session of an earlier process, to go on with.
+
+    Attributes:
+        session_id: The same as then.
+        stream: The same stream.
+        token: The caller's secret.
+        source: What the source said it was.
+        taken: The caller's own samples that had been heard when it was saved.
+        next_seq: Number of its next event, after the last that was given out. None: the caller
+            sends again what was not saved, and events of that are made again under their numbers.
+        saved: When it was saved, in seconds since 1970: a clock that two processes share.
+        data: The session as it was saved.
+    """
+
+    session_id: str
+    stream: str
+    token: str
+    source: str
+    taken: int
+    next_seq: int | None
+    saved: float
+    data: bytes
 
 
 class Source(Protocol):
@@ -42,6 +73,11 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What a subscriber reads in `session.opened`: "file:meeting.flac"."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """Whether the audio goes on while nobody listens: its session can outlive the process."""
         ...
 
     def open(self) -> AbstractAsyncContextManager[AsyncIterator[Block]]:
@@ -62,7 +98,12 @@ class Intake(Protocol):
         ...
 
     async def stream(
-        self, name: str, source: Source, *, tap: Callable[[Event], None] | None = None
+        self,
+        name: str,
+        source: Source,
+        *,
+        tap: Callable[[Event], None] | None = None,
+        resume: Resumed | None = None,
     ) -> None:
         """Run one session over ``source`` until it ends, or the daemon drains.
 
@@ -70,6 +111,7 @@ class Intake(Protocol):
             name: The stream's name in its events.
             source: Opened here.
             tap: Called with each event of this session, at once and on the event loop.
+            resume: The session to go on with; None begins one.
 
         Raises:
             EngineFull: no slot is free; nothing was opened.

@@ -40,6 +40,11 @@ class StdinSource(BaseModel):
         """For `session.opened`."""
         return "stdin"
 
+    @property
+    def live(self) -> bool:
+        """See `Source.live`."""
+        return False
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
         """Start reading → blocks.

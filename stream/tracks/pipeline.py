@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sinks.events import Event
 from stream.tracks.codec import pack, unpack
@@ -86,6 +87,24 @@ class Tracks:
         if self._words is not None:
             events.extend(self._words.flush())
         return events
+
+    def speaker(self, label: str) -> int | None:
+        """The number of a label such as "S2", if there is such a speaker."""
+        return self._turns.known(label)
+
+    def profile(self, number: int) -> tuple[NDArray[np.float32], float]:
+        """[E] embedding of a speaker's voice so far and the seconds of clean speech in it."""
+        vector, evidence_s = self._turns.clusters.centroid(number)
+        return self._voices.embedding(vector), evidence_s
+
+    def name(self, number: int, name: str) -> list[Event]:
+        """A listener says who a speaker is → speaker.identified and speaker.revised."""
+        return self._turns.name(number, name)
+
+    def look_for(self, gallery: Gallery) -> None:
+        """From now on, these enrolled people."""
+        self._gallery = gallery
+        self._voices.look_for(gallery)
 
     def state(self) -> bytes:
         """Everything the tracks know, for `restore`."""

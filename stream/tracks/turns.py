@@ -470,7 +470,7 @@ class Turns:
         running = {run.number for run in self._told()}
         if looking is not None:
             running.add(looking.number)
-        turns = [f"T{n}" for n in self.clusters.state.speakers[label].turns if n not in running]
+        turns = self._past_turns(label, running)
         events = self.voices.observe(label, vector, evidence, turns, self.state.cursor)
         twin = self.voices.twin(label)
         if twin is not None and twin in self.clusters.state.speakers:
@@ -513,8 +513,6 @@ class Turns:
         state = self.state
         moved = set(revision.turns)
         merged = revision.reason == "merged"
-        if merged and self.voices is not None:
-            self.voices.merged(revision.source)
         for channel in state.channels:
             if channel.label == revision.source and merged:
                 channel.label = revision.target
@@ -544,7 +542,26 @@ class Turns:
                     **self._stamp(now, now),
                 )
             )
+        if merged and self.voices is not None:
+            _, evidence_s = self.clusters.centroid(revision.target)
+            events += self.voices.merged(revision.source, revision.target, evidence_s, state.cursor)
         return events
+
+    def known(self, label: str) -> int | None:
+        """The number of a label such as "S2", if the session has that speaker."""
+        number = int(label[1:]) if label[:1] == "S" and label[1:].isdecimal() else 0
+        return number if number in self.clusters.state.speakers else None
+
+    def name(self, label: int, name: str) -> list[Event]:
+        """A listener says who a speaker is."""
+        assert self.voices is not None
+        _, evidence_s = self.clusters.centroid(label)
+        turns = self._past_turns(label, {run.number for run in self._told()})
+        return self.voices.name(label, name, evidence_s, turns, self.state.cursor)
+
+    def _past_turns(self, label: int, running: set[int]) -> list[str]:
+        turns = self.clusters.state.speakers[label].turns
+        return [f"T{number}" for number in turns if number not in running]
 
     def _weigh(self, probabilities: list[float], first: int) -> None:
         """Keeps each channel's clean-speech weight: it talks, and nobody else.

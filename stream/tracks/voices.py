@@ -34,11 +34,13 @@ class Verdict:
         identity: Enrolled name; None is unknown.
         score: Cosine with that person, or with the nearest.
         margin: Score less the runner-up's; the score itself if only one person is enrolled.
+        given: A listener said it, who knows better than any score.
     """
 
     identity: str | None
     score: float
     margin: float
+    given: bool = False
 
 
 @dataclass
@@ -65,16 +67,47 @@ class Voices:
     ) -> None:
         self.state = state or VoicesState()
         self.settings = settings.voices
-        self._names = gallery.names
         self._stamp = stamp
+        mean = settings.speakers.mean
+        self._mean = None if mean is None else np.asarray(mean, np.float64)
+        self.look_for(gallery)
+
+    def look_for(self, gallery: Gallery) -> None:
+        """From now on, these people."""
         vectors = np.asarray(gallery.vectors, np.float64)
         assert vectors.shape[:1] == (len(gallery.names),), (
             f"expected {len(gallery.names)} voices, got {vectors.shape}"
         )
-        if len(vectors) and settings.speakers.mean is not None:
-            vectors = vectors - np.asarray(settings.speakers.mean, np.float64)
+        if len(vectors) and self._mean is not None:
+            vectors = vectors - self._mean
         norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        self._names = gallery.names
         self._vectors = vectors / np.maximum(norms, 1e-9)
+
+    def embedding(self, vector: NDArray[np.float64]) -> NDArray[np.float32]:
+        """[E] centred unit vector → an embedding that a gallery can hold."""
+        return np.asarray(vector if self._mean is None else vector + self._mean, np.float32)
+
+    def name(
+        self, label: int, name: str, evidence_s: float, turns: list[str], now: int
+    ) -> list[Event]:
+        """A listener says who a label is.
+
+        Args:
+            label: Number of the speaker.
+            name: The person.
+            evidence_s: Seconds of clean speech of the label.
+            turns: Its turns that are over.
+            now: Sample of the decision.
+
+        Returns:
+            speaker.identified, and speaker.revised for its past turns.
+        """
+        was = self.identity(label)
+        self.state.verdicts[label] = Verdict(name, 1.0, 1.0, given=True)
+        if was == name:
+            return []
+        return self._told(label, was, evidence_s, turns, now)
 
     def identity(self, label: int) -> str | None:
         """The enrolled name of a label; None if unknown or undecided."""
@@ -129,10 +162,20 @@ class Voices:
         if not self._names or evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
             return []
         before = self.state.verdicts.get(label)
+        if before is not None and before.given:
+            return []
         verdict = self._judge(vector, None if before is None else before.identity)
         self.state.verdicts[label] = verdict
         if before is not None and before.identity == verdict.identity:
             return []
+        was = None if before is None else before.identity
+        return self._told(label, was, evidence_s, turns, now)
+
+    def _told(
+        self, label: int, was: str | None, evidence_s: float, turns: list[str], now: int
+    ) -> list[Event]:
+        """The events of a label's verdict that is new."""
+        verdict = self.state.verdicts[label]
         events: list[Event] = [
             SpeakerIdentified(
                 speaker=f"S{label}",
@@ -143,7 +186,6 @@ class Voices:
                 **self._stamp(now, now),
             )
         ]
-        was = None if before is None else before.identity
         if verdict.identity != was and turns:
             events.append(
                 SpeakerRevised(
@@ -156,9 +198,17 @@ class Voices:
             )
         return events
 
-    def merged(self, source: int) -> None:
-        """Forgets a label that became another, which is compared anew at its next turn."""
-        self.state.verdicts.pop(source, None)
+    def merged(self, source: int, target: int, evidence_s: float, now: int) -> list[Event]:
+        """Forgets a label that became another, which is compared anew at its next turn.
+
+        A name that a listener gave goes with the voice.
+        """
+        gone = self.state.verdicts.pop(source, None)
+        kept = self.state.verdicts.get(target)
+        if gone is None or not gone.given or (kept is not None and kept.given):
+            return []
+        self.state.verdicts[target] = gone
+        return self._told(target, None if kept is None else kept.identity, evidence_s, [], now)
 
     def forget(self, label: int) -> None:
         """The session has no such speaker any more; the number may get another voice."""

@@ -1,1 +1,1 @@
-"""What the server serves: audio in, and whatever pages and feeds are mounted beside it."""
+"""What the daemon's server serves: audio in, events out, the dashboard, health and metrics."""

@@ -153,7 +153,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        refusal = self._gate.refusal(connection, token=scope["path"] not in self._open)
+        path = scope["path"]
+        open_to_all = path in self._open or path.startswith("/static/")
+        refusal = self._gate.refusal(connection, token=not open_to_all)
         if refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http" or scope["path"] in self._plain:

@@ -1,0 +1,325 @@
+"""Callers of a server and their sessions: a session outlives the connection that carries it.
+
+A call is a line, the session over it, and how much of the caller's audio has been heard. When its
+connection breaks, the call waits for the caller to come back with the resume token; audio that is
+sent again is skipped by its position, so that nothing is heard twice and nothing is missing.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from sinks.events import Event, SessionOpened
+from stream.clock import SAMPLE_RATE
+from stream.engine import EngineFull
+from stream.resample import Resampler
+from stream.sources.line import Line
+from stream.sources.pcm import PcmDecoder, PcmFormat
+from stream.sources.source import Intake, Resumed, SourceError
+
+log = structlog.get_logger(__name__)
+
+CLOSED: Final = 256
+"""Calls that ended and are still known, so that a late caller learns that and not "unknown"."""
+
+
+class Ear(Protocol):
+    """Bytes of a connection → samples."""
+
+    def hear(self, data: bytes) -> NDArray[np.float32]:
+        """→ [n] float32, mono, 16 kHz.
+
+        Raises:
+            ValueError: not what was announced.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Raw PCM as a caller announces it.
+
+    Attributes:
+        encoding: Of a sample.
+        rate: Samples a second of each channel.
+        channels: Interleaved.
+        channel: Which of them is heard; None is their mean.
+    """
+
+    encoding: PcmFormat = "s16le"
+    rate: int = SAMPLE_RATE
+    channels: int = 1
+    channel: int | None = None
+
+
+class PcmEar:
+    """Raw PCM → 16 kHz mono, counting the caller's own samples.
+
+    Attributes:
+        taken: Sample frames of the caller's that were heard or skipped over.
+    """
+
+    def __init__(self, form: Form, taken: int = 0) -> None:
+        self.form = form
+        self.taken = taken
+        self._missed = taken  # frames of `taken` that this resampler never saw
+        self._skip = 0
+        self._decoder = PcmDecoder(form.encoding, form.channels, form.channel)
+        self._resampler = Resampler(form.rate)
+
+    def hear(self, data: bytes) -> NDArray[np.float32]:
+        """See `Ear.hear`."""
+        samples = self._decoder.step(data)
+        if self._skip:
+            again = min(self._skip, len(samples))
+            samples = samples[again:]
+            self._skip -= again
+        self.taken += len(samples)
+        return self._resampler.step(samples)
+
+    @property
+    def position(self) -> int:
+        """The caller's sample frames that have left the resampler: those it would lose stay out."""
+        return self._missed + self._resampler.given * self.form.rate // SAMPLE_RATE
+
+    def rest(self) -> NDArray[np.float32]:
+        """What the resampler held back, at the end of the audio."""
+        return self._resampler.flush()
+
+    def reconnect(self, offset: int) -> int:
+        """The next byte is the caller's sample frame ``offset``.
+
+        Returns:
+            Samples (16 kHz) that are missing before it; frames that were heard already are skipped
+            as they come.
+        """
+        # Half a sample may have arrived when the connection broke.
+        self._decoder = PcmDecoder(self.form.encoding, self.form.channels, self.form.channel)
+        self._skip = max(self.taken - offset, 0)
+        missing = max(offset - self.taken, 0)
+        self.taken += missing
+        self._missed += missing
+        return round(missing * SAMPLE_RATE / self.form.rate)
+
+
+class Call:
+    """One caller's session, from the first connection to `session.closed`.
+
+    Attributes:
+        name: The stream's.
+        line: What the session hears.
+        ear: Turns the caller's bytes into samples.
+        session_id: Known once `opened` has returned.
+        resume_token: Likewise: the secret that lets the caller come back.
+        closed: `session.closed` was emitted.
+        attached: A connection carries it now.
+    """
+
+    def __init__(self, name: str, line: Line, ear: PcmEar | None, resume_s: float) -> None:
+        self.name = name
+        self.line = line
+        self.ear = ear
+        self.session_id = ""
+        self.resume_token = ""
+        self.closed = False
+        self.attached = True
+        self._resume_s = resume_s
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._over = asyncio.Event()
+        self._parked: asyncio.TimerHandle | None = None
+        self._connection = 0
+
+    async def opened(self) -> None:
+        """Wait until the session is open.
+
+        Raises:
+            EngineFull: there is no slot for it.
+            SourceError: it could not be opened.
+        """
+        await asyncio.shield(self._opened)
+
+    async def over(self) -> None:
+        """Wait until the session is closed."""
+        await self._over.wait()
+
+    def take(self) -> int:
+        """A new connection carries the call from here on; an older one no longer does.
+
+        Returns:
+            Its number, for `carries` and `drop`.
+        """
+        if self._parked is not None:
+            self._parked.cancel()
+            self._parked = None
+        self.attached = True
+        self._connection += 1
+        return self._connection
+
+    def carries(self, connection: int) -> bool:
+        """Whether this is the connection that carries the call."""
+        return connection == self._connection
+
+    def drop(self, connection: int) -> None:
+        """The connection broke: wait for another one, for so long."""
+        if not self.carries(connection) or self.closed or self.line.ended:
+            return
+        self.attached = False
+        if self._resume_s <= 0:
+            self.finish()
+            return
+        loop = asyncio.get_running_loop()
+        self._parked = loop.call_later(self._resume_s, self.finish)
+        log.info("caller gone", stream=self.name, session=self.session_id, waits_s=self._resume_s)
+
+    def finish(self) -> None:
+        """There is no more audio: the session hears the rest and closes."""
+        if self.ear is not None and not self.line.ended:
+            self.line.feed(self.ear.rest(), position=self.ear.position)
+        self.line.end()
+
+    def heard(self, event: Event) -> None:
+        """The session's tap."""
+        if isinstance(event, SessionOpened):
+            self.session_id, self.resume_token = event.session_id, event.resume_token
+            if not self._opened.done():
+                self._opened.set_result(None)
+
+    def resumed(self, session_id: str, token: str) -> None:
+        """The session goes on from an earlier process: it is open already."""
+        self.session_id, self.resume_token = session_id, token
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def ended(self, error: Exception | None) -> None:
+        """The session is closed, or never opened."""
+        self.closed = True
+        if self._parked is not None:
+            self._parked.cancel()
+        if not self._opened.done():
+            self._opened.set_exception(error or SourceError("the daemon is stopping"))
+            self._opened.exception()  # who waits sees it; nobody may
+        self._over.set()
+
+
+class Calls:
+    """The calls of one server.
+
+    Args:
+        group: Their tasks run in it.
+        intake: Where streams are brought.
+        limit: Calls at a time.
+        resume_s: How long a call waits for its caller to come back; 0 ends it at once.
+        buffer_ms: Audio that may wait for the engine.
+    """
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        intake: Intake,
+        *,
+        limit: int,
+        resume_s: float,
+        buffer_ms: int,
+    ) -> None:
+        self._group, self._intake = group, intake
+        self._limit, self._resume_s, self._buffer_ms = limit, resume_s, buffer_ms
+        self._count = 0
+        self._open: dict[str, Call] = {}  # by name; bounded by `limit`
+        self._gone: OrderedDict[str, None] = OrderedDict()  # tokens of closed calls
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def full(self) -> bool:
+        """Whether another call would be refused."""
+        return len(self._open) >= self._limit
+
+    def open(
+        self,
+        prefix: str,
+        source: str,
+        form: Form | None = None,
+        *,
+        tap: Callable[[Event], None] | None = None,
+        resume: Resumed | None = None,
+        resumable: bool = True,
+    ) -> Call:
+        """Begin a call; `Call.opened` tells whether it could.
+
+        Args:
+            prefix: The stream's name; a number is added if there is one of it already.
+            source: What a subscriber reads in `session.opened`.
+            form: Of raw PCM; None if the caller of this feeds the line itself.
+            tap: Called with each event of the session.
+            resume: Go on with a session of an earlier process.
+            resumable: Whether the caller may come back.
+
+        Raises:
+            EngineFull: too many calls.
+            ValueError: the form makes no sense.
+        """
+        if self.full:
+            raise EngineFull(f"{len(self._open)} streams are open, which is the limit")
+        name = resume.stream if resume is not None else self._name(prefix)
+        ear = None if form is None else PcmEar(form, resume.taken if resume else 0)
+        line = Line(source, self._buffer_ms)
+        call = Call(name, line, ear, self._resume_s if resumable else 0.0)
+        if resume is not None:
+            call.resumed(resume.session_id, resume.token)
+        self._open[name] = call
+        self._group.create_task(self._run(call, tap, resume), name=f"call:{name}")
+        return call
+
+    def find(self, token: str) -> Call | None:
+        """The open call of a resume token."""
+        return next((c for c in self._open.values() if c.resume_token == token), None)
+
+    def ended(self, token: str) -> bool:
+        """Whether the call of this token has ended."""
+        return token in self._gone
+
+    def of(self, session: str) -> Call | None:
+        """The open call of a session."""
+        return next((c for c in self._open.values() if c.session_id == session), None)
+
+    async def over(self) -> None:
+        """Wait until every call has ended."""
+        for call in list(self._open.values()):
+            await call.over()
+
+    async def _run(
+        self, call: Call, tap: Callable[[Event], None] | None, resume: Resumed | None
+    ) -> None:
+        def both(event: Event) -> None:
+            call.heard(event)
+            if tap is not None:
+                tap(event)
+
+        failure: Exception | None = None
+        try:
+            await self._intake.stream(call.name, call.line, tap=both, resume=resume)
+        except (SourceError, EngineFull) as error:
+            failure = error
+            log.warning("refused", stream=call.name, error=str(error))
+        finally:
+            call.line.end()
+            call.ended(failure)
+            del self._open[call.name]
+            if call.resume_token:
+                self._gone[call.resume_token] = None
+                while len(self._gone) > CLOSED:
+                    self._gone.popitem(last=False)
+
+    def _name(self, prefix: str) -> str:
+        if prefix not in self._open:
+            return prefix
+        while f"{prefix}-{self._count}" in self._open or not self._count:
+            self._count += 1
+        return f"{prefix}-{self._count}"

@@ -1,0 +1,312 @@
+"""The live feed: what subscribers of the daemon's own server read, and how they catch up.
+
+Every event is encoded once. A subscription is a bounded queue of those lines: partials go first,
+and a reader that lets a mebibyte of finals wait is evicted, so that one of them cannot cost the
+others, the audio, or the memory of the house.
+"""
+
+import asyncio
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from sinks.events import Event, SessionClosed, SessionOpened, dump
+
+HISTORY_BYTES: Final = 16 << 20
+"""Lines kept for who comes late; the oldest go."""
+
+QUEUE_BYTES: Final = 1 << 20
+"""Lines that may wait for one reader (reliability bar, row 9)."""
+
+SESSIONS: Final = 200
+"""Sessions listed; the oldest closed ones go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One event as it is sent.
+
+    Attributes:
+        number: Position in the feed of this process, from 1.
+        session: Whose event.
+        stream: Its stream.
+        seq: Its place in the session.
+        type: Of the event.
+        final: Never dropped for one that keeps up.
+        data: The JSON object, UTF-8.
+    """
+
+    number: int
+    session: str
+    stream: str
+    seq: int
+    type: str
+    final: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a subscriber asks for; None is everything.
+
+    Attributes:
+        session: Only events of this session.
+        stream: Only events of this stream.
+        types: Only these types.
+        partials: Also events that later ones may replace.
+    """
+
+    session: str | None = None
+    stream: str | None = None
+    types: frozenset[str] | None = None
+    partials: bool = True
+
+    def admits(self, line: Line) -> bool:
+        """Whether a line is asked for."""
+        return (
+            (self.session is None or line.session == self.session)
+            and (self.stream is None or line.stream == self.stream)
+            and (self.types is None or line.type in self.types)
+            and (self.partials or line.final)
+        )
+
+
+@dataclass(slots=True)
+class Entry:
+    """A session as the list of sessions shows it.
+
+    Attributes:
+        session: Its id.
+        stream: Its stream.
+        source: What the source says it is.
+        opened: RFC 3339.
+        state: Open or closed.
+        audio_s: Seconds heard so far, by its latest event.
+        speakers: Labels seen.
+        names: Identities by label.
+    """
+
+    session: str
+    stream: str
+    source: str
+    opened: str
+    state: Literal["open", "closed"] = "open"
+    audio_s: float = 0.0
+    speakers: list[str] = field(default_factory=list[str])
+    names: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class Subscription:
+    """One reader's queue. Iterate over it; it ends when the feed closes or the reader is evicted.
+
+    Attributes:
+        complete: Whether everything since the asked-for position was still there.
+        dropped: Partials this reader was too slow for.
+        evicted: Too much waited for it: it must come back and resume.
+    """
+
+    def __init__(
+        self, wanted: Wanted, limit: int, past: Iterable[Line] = (), *, complete: bool = True
+    ) -> None:
+        self.wanted = wanted
+        self.complete = complete
+        self.dropped = 0
+        self.evicted = False
+        self._limit = limit
+        self._past = deque(past)  # bounded by the history; it does not count against the reader
+        self._lines: deque[Line] = deque()  # bounded by `limit`, in bytes; see `put`
+        self._size = 0
+        self._wake = asyncio.Event()
+        self._ended = False
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait."""
+        return self._size
+
+    def put(self, line: Line) -> None:
+        """Queue a line, if it is wanted; may cost partials, or evict the reader."""
+        if self._ended or not self.wanted.admits(line):
+            return
+        self._lines.append(line)
+        self._size += len(line.data)
+        if self._size > self._limit:
+            self._shed()
+        self._wake.set()
+
+    def end(self) -> None:
+        """Nothing more comes: what waits is still read."""
+        self._ended = True
+        self._wake.set()
+
+    def __aiter__(self) -> "Subscription":
+        return self
+
+    async def __anext__(self) -> Line:
+        if self._past:
+            return self._past.popleft()
+        while not self._lines:
+            if self._ended:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        line = self._lines.popleft()
+        self._size -= len(line.data)
+        return line
+
+    def _shed(self) -> None:
+        finals = deque(line for line in self._lines if line.final)
+        self.dropped += len(self._lines) - len(finals)
+        self._lines = finals
+        self._size = sum(len(line.data) for line in finals)
+        if self._size > self._limit:
+            self.evicted = True
+            self._lines.clear()
+            self._size = 0
+            self.end()
+
+
+class Feed:
+    """Everything the house emits, for any number of readers.
+
+    Args:
+        history: Bytes of lines kept.
+        queue: Bytes that may wait for one reader.
+    """
+
+    def __init__(self, history: int = HISTORY_BYTES, queue: int = QUEUE_BYTES) -> None:
+        self.epoch = secrets.token_hex(4)
+        """Numbers count within it: a cursor of another process is older than everything here."""
+        self.evicted = 0
+        """Readers that were evicted so far."""
+        self._history_limit, self._queue_limit = history, queue
+        self._history: deque[Line] = deque()  # bounded by `history`, in bytes
+        self._size = 0
+        self._number = 0
+        self._readers: set[Subscription] = set()
+        self._sessions: OrderedDict[str, Entry] = OrderedDict()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Readers."""
+        return len(self._readers)
+
+    @property
+    def sessions(self) -> list[Entry]:
+        """Sessions that are open, and those that were; newest last."""
+        return list(self._sessions.values())
+
+    def publish(self, event: Event) -> None:
+        """Give an event to everyone who wants it."""
+        self._list(event)
+        self._number += 1
+        line = Line(
+            self._number,
+            event.session_id,
+            event.stream_id,
+            event.seq,
+            event.type,
+            event.is_final,
+            dump(event),
+        )
+        self._history.append(line)
+        self._size += len(line.data)
+        while self._size > self._history_limit and len(self._history) > 1:
+            self._size -= len(self._history.popleft().data)
+        for reader in list(self._readers):
+            reader.put(line)
+            if reader.evicted:
+                self._readers.discard(reader)
+                self.evicted += 1
+
+    def subscribe(
+        self, wanted: Wanted, *, cursor: str | None = None, after: int | None = None
+    ) -> Subscription:
+        """A reader's queue, with what it has missed already in it.
+
+        Args:
+            wanted: What it asks for.
+            cursor: Where it left off, as `cursor` gave it; "0" is everything that is kept.
+            after: Or the last ``seq`` it has of the session it asks for.
+        """
+        missed, complete = self._since(wanted, cursor, after)
+        past = (line for line in missed if wanted.admits(line))
+        reader = Subscription(wanted, self._queue_limit, past, complete=complete)
+        if self._closed:
+            reader.end()
+        else:
+            self._readers.add(reader)
+        return reader
+
+    def leave(self, reader: Subscription) -> None:
+        """The reader has gone."""
+        reader.end()
+        self._readers.discard(reader)
+
+    def cursor(self, line: Line | None = None) -> str:
+        """Where a reader that has seen ``line``, or everything so far, is."""
+        return f"{self.epoch}.{self._number if line is None else line.number}"
+
+    def close(self) -> None:
+        """No more events: readers end when they have read what waits."""
+        self._closed = True
+        for reader in self._readers:
+            reader.end()
+
+    def lines(self, session: str, admit: Callable[[Line], bool] = lambda _: True) -> list[Line]:
+        """What is kept of a session, oldest first."""
+        return [line for line in self._history if line.session == session and admit(line)]
+
+    def _since(
+        self, wanted: Wanted, cursor: str | None, after: int | None
+    ) -> tuple[list[Line], bool]:
+        if after is not None and wanted.session is not None:
+            lines = [
+                line
+                for line in self._history
+                if line.session == wanted.session and line.seq > after
+            ]
+            return lines, not lines or lines[0].seq == after + 1
+        if cursor is None:
+            return [], True
+        epoch, _, number = cursor.partition(".")
+        seen = int(number) if epoch == self.epoch and number.isdigit() else 0
+        lines = [line for line in self._history if line.number > seen]
+        whole = not lines or lines[0].number == seen + 1
+        return lines, whole and (epoch == self.epoch or cursor == "0")
+
+    def _list(self, event: Event) -> None:
+        if isinstance(event, SessionOpened):
+            self._sessions[event.session_id] = Entry(
+                event.session_id,
+                event.stream_id,
+                event.source,
+                event.wall_time.isoformat(),
+            )
+            while len(self._sessions) > SESSIONS:
+                old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
+                if old is None:
+                    break
+                del self._sessions[old]
+        entry = self._sessions.get(event.session_id)
+        if entry is None:
+            return
+        entry.audio_s = max(entry.audio_s, event.end)
+        if isinstance(event, SessionClosed):
+            entry.state = "closed"
+        elif event.type == "turn.ended":
+            if event.speaker.label not in entry.speakers:
+                entry.speakers.append(event.speaker.label)
+        elif event.type == "speaker.identified":
+            if event.identity is None:
+                entry.names.pop(event.speaker, None)
+            else:
+                entry.names[event.speaker] = event.identity
+        elif (
+            event.type == "speaker.revised"
+            and event.reason == "merged"
+            and event.from_label in entry.speakers
+        ):
+            entry.speakers.remove(event.from_label)

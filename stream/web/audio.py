@@ -1,0 +1,223 @@
+"""``/v1/audio``: a WebSocket that takes audio and gives its session's events.
+
+Query: ``encoding`` (s16le, f32le, mulaw; opus for Ogg or WebM), ``rate``, ``channels``,
+``channel``, ``name``, ``partials``. The first message from here is::
+
+    {"type": "ready", "session_id": …, "resume_token": …, "received": 0, "complete": true}
+
+Then events come, as everywhere. Binary messages are audio; ``{"type": "close"}`` ends it: what is
+left is computed, and the connection closes after ``session.closed``.
+
+A client that lost its connection comes back with ``resume`` (the token), ``after`` (the last
+``seq`` it has) and ``have`` (the first of its own sample frames that it can still send). It goes on
+from the sample frame ``received`` of the new ready message: nothing is heard twice. ``complete``
+is false if events after ``after`` are no longer kept.
+"""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from stream.calls import Call, Calls, Form
+from stream.engine import EngineFull
+from stream.feed import Subscription, Wanted
+from stream.server import Desk, ServerSettings
+from stream.sources.pcm import BYTES
+from stream.sources.source import SourceError
+from stream.web.containers import Container, ContainerError
+from stream.web.gate import LATER, POLICY
+from stream.web.wire import AWAY, INVALID, NORMAL, UNSUPPORTED, Hangup, Wire, command
+
+_NAME: Final = re.compile(r"[^\x00-\x1f/]{1,128}")
+
+
+class Audio:
+    """The endpoint."""
+
+    def __init__(self, settings: ServerSettings, desk: Desk, calls: Calls) -> None:
+        self._settings, self._desk, self._calls = settings, desk, calls
+
+    async def websocket(self, socket: WebSocket) -> None:
+        """One connection."""
+        wire = Wire(socket, self._settings)
+        await wire.open()
+        query = socket.query_params
+        try:
+            token = query.get("resume")
+            call = self._begin(query, socket) if token is None else self._again(token, query)
+            await call.opened()
+            connection = call.take()
+        except Hangup as hangup:
+            await wire.close(hangup.code, str(hangup))
+            return
+        except ValueError as error:
+            await wire.close(UNSUPPORTED, str(error))
+            return
+        except (EngineFull, SourceError) as error:
+            await wire.close(LATER, str(error))
+            return
+        await self._carry(wire, call, connection, query)
+
+    def _begin(self, query: Mapping[str, str], socket: WebSocket) -> Call:
+        name = query.get("name", "caller")
+        if not _NAME.fullmatch(name):
+            raise ValueError("name: expected 1 to 128 characters without '/' and controls")
+        host = socket.client.host if socket.client else "?"
+        if query.get("encoding") in {"opus", "ogg", "webm"}:
+            return self._calls.open(name, f"websocket:{host}", resumable=False)
+        return self._calls.open(name, f"websocket:{host}", form(query))
+
+    def _again(self, token: str, query: Mapping[str, str]) -> Call:
+        """The call of a resume token, of this process or of one before it."""
+        have = query.get("have")
+        call = self._calls.find(token)
+        if call is None:
+            survivor = self._desk.claim(token)
+            if survivor is None:
+                known = "has ended" if self._calls.ended(token) else "is not known"
+                raise Hangup(POLICY, f"the session of this resume token {known}")
+            exact = have is None or _count("have", have) <= survivor.taken
+            call = self._calls.open(
+                survivor.stream,
+                survivor.source,
+                form(query),
+                resume=survivor.resumed(exact=exact),
+            )
+        if call.ear is not None and have is not None and _count("have", have) > call.ear.taken:
+            call.line.lose(call.ear.reconnect(_count("have", have)), "network")
+        elif call.ear is not None:
+            call.ear.reconnect(call.ear.taken)
+        return call
+
+    async def _carry(
+        self, wire: Wire, call: Call, connection: int, query: Mapping[str, str]
+    ) -> None:
+        """Audio in and events out, until one of them ends."""
+        after = query.get("after")
+        wanted = Wanted(session=call.session_id, partials=query.get("partials") != "false")
+        code, reason = NORMAL, ""
+        try:
+            reader = self._desk.feed.subscribe(
+                wanted, after=-1 if after is None else _count("after", after)
+            )
+        except ValueError as error:
+            call.drop(connection)
+            await wire.close(UNSUPPORTED, str(error))
+            return
+        talking = asyncio.create_task(self._hear(wire, call, connection), name="audio:hear")
+        try:
+            await wire.send_json(
+                {
+                    "type": "ready",
+                    "session_id": call.session_id,
+                    "resume_token": call.resume_token,
+                    "received": call.ear.taken if call.ear is not None else 0,
+                    "complete": reader.complete,
+                }
+            )
+            telling = asyncio.create_task(_tell(wire, reader), name="audio:tell")
+            try:
+                await asyncio.wait({talking, telling}, return_when=asyncio.FIRST_COMPLETED)
+                if talking.done():
+                    code, reason = talking.result()
+                    if code == NORMAL and call.carries(connection):
+                        # The session computes the rest; its last event ends the telling.
+                        await telling
+                    elif code == NORMAL:
+                        code, reason = POLICY, "another connection carries this session now"
+                else:
+                    telling.result()
+                    if reader.evicted:
+                        code, reason = LATER, "reads too slowly; resume"
+                    elif self._desk.stop.is_set():
+                        code, reason = AWAY, "the daemon is stopping; resume"
+            finally:
+                telling.cancel()
+                await asyncio.gather(telling, return_exceptions=True)
+        except Hangup as hangup:
+            code, reason = hangup.code, str(hangup)
+        except WebSocketDisconnect:
+            pass
+        finally:
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
+            self._desk.feed.leave(reader)
+            call.drop(connection)
+        await wire.close(code, reason)
+
+    async def _hear(self, wire: Wire, call: Call, connection: int) -> tuple[int, str]:
+        """Audio until the client closes → close code and reason; the call is finished, or waits."""
+        container = None
+        try:
+            if call.ear is None:
+                container = await Container.open(call.line)
+            while True:
+                message = await wire.receive()
+                if message is None:
+                    return AWAY, ""
+                if not call.carries(connection):
+                    return NORMAL, ""
+                if isinstance(message, bytes):
+                    if container is not None:
+                        await container.feed(message)
+                    elif call.ear is not None:
+                        await call.line.put(call.ear.hear(message), call.ear.position)
+                    continue
+                kind = command(message).get("type")
+                if kind == "close":
+                    if container is not None:
+                        await container.end()
+                    call.finish()
+                    return NORMAL, ""
+                if kind != "keepalive":
+                    return INVALID, f"type: expected close or keepalive, got {str(kind)[:40]!r}"
+        except Hangup as hangup:
+            if container is not None:
+                call.finish()
+            return hangup.code, str(hangup)
+        except (ValueError, ContainerError) as error:
+            call.line.fail(str(error))
+            return INVALID, str(error)
+        finally:
+            if container is not None:
+                await container.close()
+                call.finish()
+
+
+async def _tell(wire: Wire, reader: Subscription) -> None:
+    """The session's events until its last."""
+    async for line in reader:
+        await wire.send(line.data.decode())
+        if line.type == "session.closed":
+            return
+
+
+def form(query: Mapping[str, str]) -> Form:
+    """What the query says of the audio.
+
+    Raises:
+        ValueError: it makes no sense; names the key.
+    """
+    encoding = query.get("encoding", "s16le")
+    if encoding not in BYTES:
+        raise ValueError(f"encoding: expected {', '.join(BYTES)} or opus, got {encoding[:20]!r}")
+    rate = _count("rate", query.get("rate", "16000"))
+    if not 1000 <= rate <= 768_000:
+        raise ValueError(f"rate: expected 1000 to 768000 samples a second, got {rate}")
+    channels = _count("channels", query.get("channels", "1"))
+    if not 1 <= channels <= 64:
+        raise ValueError(f"channels: expected 1 to 64, got {channels}")
+    channel = query.get("channel")
+    which = None if channel is None else _count("channel", channel)
+    if which is not None and which >= channels:
+        raise ValueError(f"channel: expected 0 to {channels - 1}, got {which}")
+    return Form(encoding, rate, channels, which)
+
+
+def _count(key: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,15}", text):
+        raise ValueError(f"{key}: expected a whole number, got {text[:20]!r}")
+    return int(text)

@@ -1,0 +1,368 @@
+"""``/v1/listen``: the WebSocket protocol that Deepgram's clients speak, over our sessions.
+
+Understood of the query: ``encoding`` (linear16, linear32, mulaw; none or opus for a container),
+``sample_rate``, ``channels``, ``multichannel``, ``interim_results``, ``diarize`` or
+``diarize_model``, ``vad_events``, ``utterance_end_ms``, ``tag``; the rest is accepted and ignored,
+as models and languages are the checkpoint's. Messages: ``Results``, ``SpeechStarted``,
+``UtteranceEnd``, ``Metadata``; commands: ``KeepAlive``, ``Finalize``, ``CloseStream``. Source: the
+message types of deepgram-sdk 7.
+
+Two things differ by nature. ``speech_final`` marks the last result before silence as our turns
+hear it; ``endpointing`` and the length in ``utterance_end_ms`` do not move it.
+"""
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from sinks.events import (
+    Event,
+    SessionClosed,
+    SpeechEnded,
+    SpeechStarted,
+    TranscriptFinal,
+    TranscriptPartial,
+    Word,
+)
+from stream.calls import Call, Calls, Form
+from stream.engine import EngineFull
+from stream.server import Desk, ServerSettings
+from stream.sources.pcm import PcmFormat
+from stream.sources.source import SourceError
+from stream.web.containers import Container, ContainerError
+from stream.web.gate import LATER
+from stream.web.wire import AWAY, INVALID, NORMAL, UNSUPPORTED, Hangup, Wire, command
+
+_ENCODINGS: Final[dict[str, PcmFormat]] = {
+    "linear16": "s16le",
+    "linear32": "f32le",
+    "mulaw": "mulaw",
+}
+
+_CONTAINED: Final = frozenset({"opus", "ogg-opus", "webm"})
+
+_WAITING: Final = 1024
+"""Messages that wait for the client; then interim ones are left out, then it is hung up on."""
+
+
+class Listen:
+    """The endpoint."""
+
+    def __init__(self, settings: ServerSettings, desk: Desk, calls: Calls) -> None:
+        self._settings, self._desk, self._calls = settings, desk, calls
+
+    async def websocket(self, socket: WebSocket) -> None:
+        """One connection: a session, or one a channel."""
+        wire = Wire(socket, self._settings)
+        await wire.open()
+        try:
+            conversation = _Conversation(wire, self._calls, socket.query_params, socket)
+        except ValueError as error:
+            await wire.close(UNSUPPORTED, f"Bad Request: {error}")
+            return
+        except EngineFull as error:
+            await wire.close(LATER, str(error))
+            return
+        try:
+            await conversation.opened()
+        except (EngineFull, SourceError) as error:
+            conversation.finish()
+            await wire.close(LATER, str(error))
+            return
+        code, reason = await conversation.run(self._desk.stop)
+        await wire.close(code, reason)
+
+
+class _Conversation:
+    """A client's audio and what it is told."""
+
+    def __init__(
+        self, wire: Wire, calls: Calls, query: Mapping[str, str], socket: WebSocket
+    ) -> None:
+        self.request_id = str(uuid.uuid4())
+        self._wire = wire
+        self._interim = _yes(query, "interim_results")
+        self._diarize = _yes(query, "diarize") or query.get("diarize_model", "") not in {"", "none"}
+        self._vad = _yes(query, "vad_events")
+        self._utterances = bool(query.get("utterance_end_ms"))
+        self._channels = _number(query, "channels", 1, 1, 16)
+        self._multichannel = _yes(query, "multichannel") and self._channels > 1
+        self._hash = hashlib.sha256()
+        self._began = datetime.now(UTC)
+        self._messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # see `_put`
+        self._fell_behind = False
+        self._finalizing: set[int] = set()  # channels whose flush is under way
+        self._held: dict[int, TranscriptFinal] = {}  # a final that may be the last before silence
+        self._last_word: dict[int, float] = {}
+        host = socket.client.host if socket.client else "?"
+        source = f"deepgram:{host}"
+        encoding = query.get("encoding", "")
+        self._contained = encoding in _CONTAINED or not encoding
+        name = query.get("tag") or "listen"
+        self.calls: list[Call] = []
+        try:
+            for index, form in enumerate(self._forms(query, encoding)):
+                tap = partial(self._tell, index)
+                self.calls.append(calls.open(name, source, form, tap=tap, resumable=False))
+        except (ValueError, EngineFull):
+            self.finish()
+            raise
+
+    def _forms(self, query: Mapping[str, str], encoding: str) -> list[Form | None]:
+        """The form of each session's audio; None for a container's."""
+        if self._contained:
+            if self._multichannel:
+                raise ValueError("multichannel: expected with a raw encoding")
+            return [None]
+        if encoding not in _ENCODINGS:
+            known = ", ".join([*_ENCODINGS, "opus"])
+            raise ValueError(f"encoding: expected {known}, got {encoding[:20]!r}")
+        rate = _number(query, "sample_rate", 0, 1000, 768_000)
+        heard = range(self._channels) if self._multichannel else [None]
+        return [Form(_ENCODINGS[encoding], rate, self._channels, index) for index in heard]
+
+    async def opened(self) -> None:
+        """Wait for the sessions; raises what `Call.opened` raises."""
+        for call in self.calls:
+            await call.opened()
+
+    def finish(self) -> None:
+        """No more audio: the sessions hear the rest and close."""
+        for call in self.calls:
+            call.finish()
+
+    async def run(self, stop: asyncio.Event) -> tuple[int, str]:
+        """Until the client has said all, and was told all → close code and reason."""
+        hearing = asyncio.create_task(self._hear(), name="listen:hear")
+        telling = asyncio.create_task(self._send(), name="listen:send")
+        over = asyncio.create_task(self._over(), name="listen:over")
+        code, reason = NORMAL, ""
+        try:
+            await asyncio.wait({hearing, telling, over}, return_when=asyncio.FIRST_COMPLETED)
+            if hearing.done():
+                code, reason = hearing.result()
+            if code == NORMAL and not telling.done():
+                self.finish()
+                await asyncio.wait({over, telling}, return_when=asyncio.FIRST_COMPLETED)
+                if not telling.done():
+                    self._put(self._metadata())
+                    self._put(None)
+                await telling
+                if stop.is_set():
+                    code, reason = AWAY, "the daemon is stopping"
+            elif telling.done():
+                telling.result()
+        except Hangup as hangup:
+            code, reason = hangup.code, str(hangup)
+        except WebSocketDisconnect:
+            pass
+        finally:
+            self.finish()
+            for task in (hearing, telling, over):
+                task.cancel()
+            await asyncio.gather(hearing, telling, over, return_exceptions=True)
+        return code, reason
+
+    async def _over(self) -> None:
+        for call in self.calls:
+            await call.over()
+
+    async def _hear(self) -> tuple[int, str]:
+        container = None
+        try:
+            if self._contained:
+                container = await Container.open(self.calls[0].line)
+            while True:
+                message = await self._wire.receive()
+                if message is None:
+                    return AWAY, ""
+                if isinstance(message, bytes):
+                    self._hash.update(message)
+                    if not message:
+                        continue  # some clients keep alive, or end, by an empty one
+                    if container is not None:
+                        await container.feed(message)
+                    else:
+                        for call in self.calls:
+                            assert call.ear is not None
+                            await call.line.put(call.ear.hear(message), call.ear.position)
+                    continue
+                match command(message).get("type"):
+                    case "KeepAlive":
+                        pass
+                    case "Finalize":
+                        self._finalize()
+                    case "CloseStream":
+                        if container is not None:
+                            await container.end()
+                        return NORMAL, ""
+                    case other:
+                        what = "KeepAlive, Finalize or CloseStream"
+                        return INVALID, f"type: expected {what}, got {str(other)[:40]!r}"
+        except Hangup as hangup:
+            return hangup.code, str(hangup)
+        except (ValueError, ContainerError) as error:
+            for call in self.calls:
+                call.line.fail(str(error))
+            return INVALID, str(error)
+        finally:
+            if container is not None:
+                await container.close()
+
+    async def _send(self) -> None:
+        while (message := await self._messages.get()) is not None:
+            await self._wire.send_json(message)
+        if self._fell_behind:
+            raise Hangup(LATER, "reads too slowly")
+
+    def _put(self, message: dict[str, Any] | None) -> None:
+        waiting = self._messages.qsize()
+        if waiting >= _WAITING and message is not None:
+            if not message.get("is_final", True):
+                return
+            self._fell_behind = True
+            message = None
+        self._messages.put_nowait(message)
+
+    # -- events → messages ----------------------------------------------------------------------
+
+    def _tell(self, channel: int, event: Event) -> None:
+        match event:
+            case SpeechStarted() if self._vad:
+                self._put({"type": "SpeechStarted", "channel": [channel], "timestamp": event.start})
+            case TranscriptPartial() if self._interim and event.words:
+                self._release(channel, speech_final=False)
+                self._put(self._results(channel, event, final=False))
+            case TranscriptFinal() if event.words:
+                self._release(channel, speech_final=False)
+                self._held[channel] = event
+                self._last_word[channel] = event.words[-1].end
+            case SpeechEnded():
+                self._release(channel, speech_final=True)
+                if self._utterances and channel in self._last_word:
+                    index = [channel, len(self.calls)]
+                    end = self._last_word.pop(channel)
+                    self._put({"type": "UtteranceEnd", "channel": index, "last_word_end": end})
+            case SessionClosed():
+                self._release(channel, speech_final=True)
+            case _:
+                pass
+
+    def _finalize(self) -> None:
+        for channel, call in enumerate(self.calls):
+            if channel not in self._finalizing:
+                self._finalizing.add(channel)
+                call.line.flush(partial(self._finalized, channel, call))
+
+    def _finalized(self, channel: int, call: Call) -> None:
+        """Everything heard before a Finalize has been told."""
+        if channel in self._held:
+            self._release(channel, speech_final=True)
+        else:
+            nothing = self._result(channel, 0.0, 0.0, "", [], final=True, speech_final=True)
+            self._put(nothing | {"from_finalize": True})
+        self._finalizing.discard(channel)
+        del call
+
+    def _release(self, channel: int, *, speech_final: bool) -> None:
+        event = self._held.pop(channel, None)
+        if event is not None:
+            self._put(self._results(channel, event, final=True, speech_final=speech_final))
+
+    def _results(
+        self,
+        channel: int,
+        event: TranscriptFinal | TranscriptPartial,
+        *,
+        final: bool,
+        speech_final: bool = False,
+    ) -> dict[str, Any]:
+        words = [self._word(word) for word in event.words]
+        duration = round(event.end - event.start, 6)
+        return self._result(
+            channel,
+            event.start,
+            duration,
+            event.text,
+            words,
+            final=final,
+            speech_final=speech_final,
+        )
+
+    def _result(
+        self,
+        channel: int,
+        start: float,
+        duration: float,
+        text: str,
+        words: list[dict[str, Any]],
+        *,
+        final: bool,
+        speech_final: bool,
+    ) -> dict[str, Any]:
+        sure = float(np.mean([word["confidence"] for word in words])) if words else 0.0
+        return {
+            "type": "Results",
+            "channel_index": [channel, len(self.calls)],
+            "start": start,
+            "duration": duration,
+            "is_final": final,
+            "speech_final": speech_final,
+            "from_finalize": final and channel in self._finalizing,
+            "channel": {
+                "alternatives": [{"transcript": text, "confidence": round(sure, 4), "words": words}]
+            },
+            "metadata": {
+                "request_id": self.request_id,
+                "model_uuid": self.request_id,
+                "model_info": {"name": "livesat", "version": "1", "arch": "unispeech-sat"},
+            },
+        }
+
+    def _word(self, word: Word) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "word": word.word,
+            "punctuated_word": word.word,
+            "start": word.start,
+            "end": word.end,
+            "confidence": word.confidence,
+        }
+        if self._diarize and word.speaker is not None:
+            number = word.speaker.removeprefix("S")
+            told["speaker"] = max(int(number) - 1, 0) if number.isdigit() else 0
+        return told
+
+    def _metadata(self) -> dict[str, Any]:
+        ear = self.calls[0].ear
+        heard = ear.taken / ear.form.rate if ear is not None else 0.0
+        return {
+            "type": "Metadata",
+            "transaction_key": "deprecated",
+            "request_id": self.request_id,
+            "sha256": self._hash.hexdigest(),
+            "created": self._began.isoformat().replace("+00:00", "Z"),
+            "duration": round(heard, 6),
+            "channels": len(self.calls),
+            "models": [],
+            "model_info": {},
+        }
+
+
+def _yes(query: Mapping[str, str], key: str) -> bool:
+    return query.get(key, "false").lower() in {"true", "1", "yes"}
+
+
+def _number(query: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:
+    text = query.get(key)
+    if text is None and default:
+        return default
+    if text is None or not text.isdigit() or not least <= int(text[:12]) <= most:
+        raise ValueError(f"{key}: expected {least} to {most}, got {(text or 'nothing')[:20]!r}")
+    return int(text)

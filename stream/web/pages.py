@@ -1,0 +1,169 @@
+"""The dashboard's page and files, what it asks for at its start, and exports of a session."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from importlib.resources import files as resources
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sinks import RttmSettings, SrtSettings, VttSettings
+from sinks.events import Event, TranscriptFinal, parse
+from sinks.roster import Roster
+from sinks.sink import SinkSettings
+from stream.server import Desk, ServerSettings
+from stream.web.gate import COOKIE, Gate
+
+# Nothing from elsewhere, no inline script or style, no frame around us.
+HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; worker-src 'self'; font-src 'self'; "
+    "manifest-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Permissions-Policy": "microphone=(self)",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+_FOLDER: Final = Path(str(resources("stream.web") / "static"))
+_YEAR_S: Final = 31_536_000
+
+
+def files() -> ASGIApp:
+    """The dashboard's own files."""
+    return StaticFiles(directory=_FOLDER)
+
+
+class Pages:
+    """The endpoints."""
+
+    def __init__(self, settings: ServerSettings, gate: Gate, desk: Desk) -> None:
+        self._settings, self._gate, self._desk = settings, gate, desk
+
+    async def dashboard(self, request: Request) -> Response:
+        """The page; it shows nothing by itself, and asks for a token where one is needed."""
+        del request
+        return FileResponse(_FOLDER / "index.html")
+
+    async def login(self, request: Request) -> Response:
+        """``{"token": …}`` → a cookie that only this page's requests carry."""
+        try:
+            body = await request.json()
+            token = body["token"]
+        except (ValueError, KeyError, TypeError):
+            token = None
+        if not isinstance(token, str) or not self._gate.knows(token):
+            return JSONResponse({"error": "this is not a token of this server"}, 401)
+        response = JSONResponse({"ok": True})
+        response.set_cookie(
+            COOKIE,
+            token,
+            max_age=_YEAR_S,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
+    async def logout(self, request: Request) -> Response:
+        """Forget the cookie."""
+        del request
+        response = JSONResponse({"ok": True})
+        response.delete_cookie(COOKIE)
+        return response
+
+    async def status(self, request: Request) -> Response:
+        """How the house is, for the dashboard's badge."""
+        del request
+        status = asdict(self._desk.status())
+        return JSONResponse(status | {"guarded": self._gate.guarded})
+
+    async def sessions(self, request: Request) -> Response:
+        """Sessions that are open, and those that were; newest first."""
+        del request
+        entries = [asdict(entry) for entry in reversed(self._desk.feed.sessions)]
+        return JSONResponse({"sessions": entries})
+
+    async def export(self, request: Request) -> Response:
+        """A session as RTTM, WebVTT, SubRip, JSON or text, as far as it is kept."""
+        session, form = request.path_params["session"], request.path_params["form"]
+        lines = self._desk.feed.lines(session, lambda line: line.final)
+        if not lines:
+            return JSONResponse({"error": "no such session is kept"}, 404)
+        events = [parse(line.data) for line in lines]
+        headers = {"Content-Disposition": f'attachment; filename="{lines[0].session}.{form}"'}
+        if form == "json":
+            body = json.dumps([json.loads(line.data) for line in lines], indent=1)
+            return Response(body, media_type="application/json", headers=headers)
+        if form == "txt":
+            return PlainTextResponse(text(events), headers=headers)
+        if form in {"rttm", "vtt", "srt"}:
+            data = await _written(form, events)
+            kind = "text/vtt" if form == "vtt" else "text/plain"
+            return Response(data, media_type=f"{kind}; charset=utf-8", headers=headers)
+        return JSONResponse({"error": f"expected rttm, vtt, srt, json or txt, got {form}"}, 404)
+
+
+def text(events: list[Event]) -> str:
+    """Finals of a session → "name: words" lines, one a stretch of one speaker's words."""
+    roster = Roster()
+    for event in events:
+        roster.update(event)
+    words = [word for event in events if isinstance(event, TranscriptFinal) for word in event.words]
+    lines = [
+        f"{roster.name(who) if who else '?'}: {' '.join(word.word for word in said)}\n"
+        for who, said in groupby(words, key=lambda word: word.speaker)
+    ]
+    return "".join(lines)
+
+
+async def _written(form: str, events: list[Event]) -> bytes:
+    """What the sink of that form writes of these events."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"session.{form}"
+        settings: SinkSettings
+        if form == "rttm":
+            settings = RttmSettings(path=path)
+        elif form == "vtt":
+            settings = VttSettings(path=path)
+        else:
+            settings = SrtSettings(path=path)
+        async with settings.open() as sink:
+            for event in events:
+                if settings.wants(event):
+                    await sink.send(event)
+        return await asyncio.to_thread(path.read_bytes)
+
+
+class Headed:
+    """An application whose every response carries our headers.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                have = Headers(raw=message.get("headers", []))
+                extra = [
+                    (k.lower().encode(), v.encode()) for k, v in HEADERS.items() if k not in have
+                ]
+                message["headers"] = [*message.get("headers", []), *extra]
+            await send(message)
+
+        await self._app(scope, receive, sent)
