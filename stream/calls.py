@@ -236,12 +236,7 @@ class Calls:
     def __len__(self) -> int:
         return len(self._open)
 
-    @property
-    def full(self) -> bool:
-        """Whether another call would be refused."""
-        return len(self._open) >= self._limit
-
-    def open(
+    async def open(
         self,
         prefix: str,
         source: str,
@@ -265,8 +260,8 @@ class Calls:
             EngineFull: too many calls.
             ValueError: the form makes no sense.
         """
-        if self.full:
-            raise EngineFull(f"{len(self._open)} streams are open, which is the limit")
+        if len(self._open) >= self._limit:
+            await self._make_room()
         name = resume.stream if resume is not None else self._name(prefix)
         ear = None if form is None else PcmEar(form, resume.taken if resume else 0)
         line = Line(source, self._buffer_ms)
@@ -316,6 +311,19 @@ class Calls:
                 self._gone[call.resume_token] = None
                 while len(self._gone) > CLOSED:
                     self._gone.popitem(last=False)
+
+    async def _make_room(self) -> None:
+        """Who is here goes before who may come back.
+
+        Raises:
+            EngineFull: everyone is here.
+        """
+        parked = next((c for c in self._open.values() if not c.attached), None)
+        if parked is not None:
+            parked.finish()
+            await parked.over()
+        if len(self._open) >= self._limit:
+            raise EngineFull(f"{len(self._open)} streams are open, which is the limit")
 
     def _name(self, prefix: str) -> str:
         if prefix not in self._open:

@@ -4,10 +4,12 @@ Settings, and the life of the listening socket; what is served there is in ``str
 Starlette, uvicorn and websockets are the ``server`` extra, imported when the server starts.
 """
 
+import asyncio
 import ipaddress
 import socket
 import ssl
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Final, Protocol, Self, cast
 
@@ -187,7 +189,7 @@ class ServerSettings(BaseModel):
     async def serve(self, name: str, intake: Intake) -> None:
         """See `Listener.serve`."""
         try:
-            from stream.web.server import serve
+            web = await asyncio.to_thread(import_module, "stream.web.server")
         except ImportError as error:
             raise SourceError(
                 f"the server needs {error.name}; pip install 'livesat[server]' brings it"
@@ -198,7 +200,7 @@ class ServerSettings(BaseModel):
             if not self.local and self.tls_cert is None:
                 log.warning("tokens and audio travel unencrypted", host=address, hint="tls_cert")
             # The one who serves a server is the house itself.
-            await serve(self, name, cast("Desk", intake), listening)
+            await web.serve(self, cast("Desk", intake), listening)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """The certificate, loaded; blocks.

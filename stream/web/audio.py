@@ -47,7 +47,7 @@ class Audio:
         query = socket.query_params
         try:
             token = query.get("resume")
-            call = self._begin(query, socket) if token is None else self._again(token, query)
+            call = await (self._again(token, query) if token else self._begin(query, socket))
             await call.opened()
             connection = call.take()
         except Hangup as hangup:
@@ -61,16 +61,16 @@ class Audio:
             return
         await self._carry(wire, call, connection, query)
 
-    def _begin(self, query: Mapping[str, str], socket: WebSocket) -> Call:
+    async def _begin(self, query: Mapping[str, str], socket: WebSocket) -> Call:
         name = query.get("name", "caller")
         if not _NAME.fullmatch(name):
             raise ValueError("name: expected 1 to 128 characters without '/' and controls")
         host = socket.client.host if socket.client else "?"
         if query.get("encoding") in {"opus", "ogg", "webm"}:
-            return self._calls.open(name, f"websocket:{host}", resumable=False)
-        return self._calls.open(name, f"websocket:{host}", form(query))
+            return await self._calls.open(name, f"websocket:{host}", resumable=False)
+        return await self._calls.open(name, f"websocket:{host}", form(query))
 
-    def _again(self, token: str, query: Mapping[str, str]) -> Call:
+    async def _again(self, token: str, query: Mapping[str, str]) -> Call:
         """The call of a resume token, of this process or of one before it."""
         have = query.get("have")
         call = self._calls.find(token)
@@ -80,7 +80,7 @@ class Audio:
                 known = "has ended" if self._calls.ended(token) else "is not known"
                 raise Hangup(POLICY, f"the session of this resume token {known}")
             exact = have is None or _count("have", have) <= survivor.taken
-            call = self._calls.open(
+            call = await self._calls.open(
                 survivor.stream,
                 survivor.source,
                 form(query),
@@ -96,12 +96,12 @@ class Audio:
         self, wire: Wire, call: Call, connection: int, query: Mapping[str, str]
     ) -> None:
         """Audio in and events out, until one of them ends."""
-        after = query.get("after")
+        after = query.get("after", "-1")
         wanted = Wanted(session=call.session_id, partials=query.get("partials") != "false")
         code, reason = NORMAL, ""
         try:
             reader = self._desk.feed.subscribe(
-                wanted, after=-1 if after is None else _count("after", after)
+                wanted, after=-1 if after == "-1" else _count("after", after)
             )
         except ValueError as error:
             call.drop(connection)

@@ -13,6 +13,7 @@ hear it; ``endpointing`` and the length in ``utterance_end_ms`` do not move it.
 
 import asyncio
 import hashlib
+import re
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -63,17 +64,12 @@ class Listen:
         wire = Wire(socket, self._settings)
         await wire.open()
         try:
-            conversation = _Conversation(wire, self._calls, socket.query_params, socket)
+            conversation = _Conversation(wire, socket.query_params, socket)
+            await conversation.open(self._calls)
         except ValueError as error:
-            await wire.close(UNSUPPORTED, f"Bad Request: {error}")
+            await wire.close(UNSUPPORTED, str(error))
             return
-        except EngineFull as error:
-            await wire.close(LATER, str(error))
-            return
-        try:
-            await conversation.opened()
         except (EngineFull, SourceError) as error:
-            conversation.finish()
             await wire.close(LATER, str(error))
             return
         code, reason = await conversation.run(self._desk.stop)
@@ -83,9 +79,7 @@ class Listen:
 class _Conversation:
     """A client's audio and what it is told."""
 
-    def __init__(
-        self, wire: Wire, calls: Calls, query: Mapping[str, str], socket: WebSocket
-    ) -> None:
+    def __init__(self, wire: Wire, query: Mapping[str, str], socket: WebSocket) -> None:
         self.request_id = str(uuid.uuid4())
         self._wire = wire
         self._interim = _yes(query, "interim_results")
@@ -102,20 +96,14 @@ class _Conversation:
         self._held: dict[int, TranscriptFinal] = {}  # a final that may be the last before silence
         self._last_word: dict[int, float] = {}
         host = socket.client.host if socket.client else "?"
-        source = f"deepgram:{host}"
+        self._source = f"deepgram:{host}"
+        self._name = re.sub(r"[\x00-\x1f/]", "_", query.get("tag", ""))[:64] or "listen"
         encoding = query.get("encoding", "")
         self._contained = encoding in _CONTAINED or not encoding
-        name = query.get("tag") or "listen"
+        self._forms = self._all_forms(query, encoding)
         self.calls: list[Call] = []
-        try:
-            for index, form in enumerate(self._forms(query, encoding)):
-                tap = partial(self._tell, index)
-                self.calls.append(calls.open(name, source, form, tap=tap, resumable=False))
-        except (ValueError, EngineFull):
-            self.finish()
-            raise
 
-    def _forms(self, query: Mapping[str, str], encoding: str) -> list[Form | None]:
+    def _all_forms(self, query: Mapping[str, str], encoding: str) -> list[Form | None]:
         """The form of each session's audio; None for a container's."""
         if self._contained:
             if self._multichannel:
@@ -128,10 +116,23 @@ class _Conversation:
         heard = range(self._channels) if self._multichannel else [None]
         return [Form(_ENCODINGS[encoding], rate, self._channels, index) for index in heard]
 
-    async def opened(self) -> None:
-        """Wait for the sessions; raises what `Call.opened` raises."""
-        for call in self.calls:
-            await call.opened()
+    async def open(self, calls: Calls) -> None:
+        """Open the sessions.
+
+        Raises:
+            EngineFull: there is no slot for one of them.
+            SourceError: one could not be opened.
+        """
+        try:
+            for index, form in enumerate(self._forms):
+                tap = partial(self._tell, index)
+                call = await calls.open(self._name, self._source, form, tap=tap, resumable=False)
+                self.calls.append(call)
+            for call in self.calls:
+                await call.opened()
+        except (EngineFull, SourceError):
+            self.finish()
+            raise
 
     def finish(self) -> None:
         """No more audio: the sessions hear the rest and close."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import mimetypes
 from dataclasses import asdict
 from importlib.resources import files as resources
 from itertools import groupby
@@ -39,7 +40,8 @@ _YEAR_S: Final = 31_536_000
 
 
 def files() -> ASGIApp:
-    """The dashboard's own files."""
+    """The dashboard's own files; blocks."""
+    mimetypes.init()  # reads files of the system: now, not at the first request
     return StaticFiles(directory=_FOLDER)
 
 
@@ -107,7 +109,7 @@ class Pages:
         if form == "txt":
             return PlainTextResponse(text(events), headers=headers)
         if form in {"rttm", "vtt", "srt"}:
-            data = await _written(form, events)
+            data = await asyncio.to_thread(_written, form, events)
             kind = "text/vtt" if form == "vtt" else "text/plain"
             return Response(data, media_type=f"{kind}; charset=utf-8", headers=headers)
         return JSONResponse({"error": f"expected rttm, vtt, srt, json or txt, got {form}"}, 404)
@@ -126,8 +128,8 @@ def text(events: list[Event]) -> str:
     return "".join(lines)
 
 
-async def _written(form: str, events: list[Event]) -> bytes:
-    """What the sink of that form writes of these events."""
+def _written(form: str, events: list[Event]) -> bytes:
+    """What the sink of that form writes of these events; blocks."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"session.{form}"
         settings: SinkSettings
@@ -137,11 +139,15 @@ async def _written(form: str, events: list[Event]) -> bytes:
             settings = VttSettings(path=path)
         else:
             settings = SrtSettings(path=path)
-        async with settings.open() as sink:
-            for event in events:
-                if settings.wants(event):
-                    await sink.send(event)
-        return await asyncio.to_thread(path.read_bytes)
+        asyncio.run(_write(settings, events))
+        return path.read_bytes()
+
+
+async def _write(settings: SinkSettings, events: list[Event]) -> None:
+    async with settings.open() as sink:
+        for event in events:
+            if settings.wants(event):
+                await sink.send(event)
 
 
 class Headed:

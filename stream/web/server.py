@@ -6,6 +6,7 @@ import socket
 from collections.abc import Generator
 from typing import Any, Final, cast
 
+import h11
 import structlog
 import uvicorn
 from starlette.applications import Starlette
@@ -37,7 +38,7 @@ OPEN_PATHS: Final = frozenset({"/", "/livez", "/readyz", "/v1/login", "/v1/twili
 its token later."""
 
 
-def application(settings: ServerSettings, name: str, desk: Desk, calls: Calls) -> Starlette:
+def application(settings: ServerSettings, desk: Desk, calls: Calls) -> Starlette:
     """Everything that is served, behind the gate."""
     gate = Gate(settings)
     audio = Audio(settings, desk, calls)
@@ -70,7 +71,7 @@ def application(settings: ServerSettings, name: str, desk: Desk, calls: Calls) -
     return Starlette(routes=routes, middleware=[Middleware(Headed), guard])
 
 
-async def serve(settings: ServerSettings, name: str, desk: Desk, listening: socket.socket) -> None:
+async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) -> None:
     """Serve until the daemon stops; the streams of its callers run inside."""
     await asyncio.to_thread(settings.ssl_context)  # what is wrong with it is said by us
     async with asyncio.TaskGroup() as group:
@@ -82,7 +83,7 @@ async def serve(settings: ServerSettings, name: str, desk: Desk, listening: sock
             buffer_ms=settings.buffer_ms,
         )
         config = uvicorn.Config(
-            application(settings, name, desk, calls),
+            await asyncio.to_thread(application, settings, desk, calls),
             http=Prompt,
             ws="websockets-sansio",
             ws_max_size=settings.max_message_bytes,
@@ -99,14 +100,14 @@ async def serve(settings: ServerSettings, name: str, desk: Desk, listening: sock
             server_header=False,
             access_log=False,
             log_config=None,
-            log_level="critical",  # what it would say of a client's errors is no news of ours
+            log_level="error",
             lifespan="off",
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
         )
         await asyncio.to_thread(config.load)
         server = Server(config)
-        serving = group.create_task(server.serve([listening]), name=f"server:{name}")
+        serving = group.create_task(server.serve([listening]), name="server")
         await desk.stop.wait()
         await calls.over()  # their sessions end by themselves, and tell their clients
         server.should_exit = True
@@ -134,6 +135,11 @@ class Prompt(H11Protocol):
         waiting = cast("Any", self).cycle is None
         if waiting and not self.transport.is_closing():
             self.transport.abort()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """It has said: a WebSocket."""
+        self._late.cancel()
+        super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop it."""

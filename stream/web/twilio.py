@@ -45,7 +45,7 @@ class Twilio:
             start = await self._start(wire)
             sid = str(start.get("callSid") or start.get("streamSid") or "call")[:64]
             for name in _tracks(start):
-                call = self._calls.open(
+                call = await self._calls.open(
                     f"{sid}-{name}".replace("/", "_"),
                     f"twilio:{sid}",
                     Form("mulaw", RATE),
@@ -54,6 +54,9 @@ class Twilio:
                 tracks[name] = _Track(call)
                 await call.opened()
             await self._hear(wire, tracks)
+            for track in tracks.values():
+                track.call.finish()
+                await track.call.over()
         except Hangup as hangup:
             code, reason = hangup.code, str(hangup)
         except (EngineFull, SourceError) as error:

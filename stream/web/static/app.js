@@ -1,0 +1,282 @@
+// The page: feed → sessions → what is shown of the chosen one.
+
+import { Feed } from "./feed.js";
+import { Lanes } from "./lanes.js";
+import { Microphone } from "./microphone.js";
+import { Session, clock, colour } from "./session.js";
+import { Transcript } from "./transcript.js";
+
+const $ = (id) => document.getElementById(id);
+const main = document.querySelector("main");
+const sessions = new Map();
+let chosen = null;
+let pinned = false; // the user chose; a newer session does not take the page away
+let stale = true;
+let status = null;
+let connection = "wait";
+let lag = null;
+
+const lanes = new Lanes($("canvas"));
+const transcript = new Transcript($("words"), $("latest"), ask);
+const microphone = new Microphone(heard);
+
+function take(event) {
+  let session = sessions.get(event.session_id);
+  if (!session) {
+    session = new Session(event.session_id, event.stream_id);
+    sessions.set(session.id, session);
+    if (!pinned) choose(session.id);
+  }
+  session.take(event);
+  if (event.lag_ms !== undefined && /^(turn|transcript)\./.test(event.type)) {
+    lag = lag === null ? event.lag_ms : 0.9 * lag + 0.1 * event.lag_ms;
+  }
+  stale = true;
+}
+
+function choose(id) {
+  chosen = sessions.get(id) ?? null;
+  transcript.clear();
+  main.hidden = !chosen;
+  for (const form of ["rttm", "vtt", "json", "txt"]) {
+    $(`export-${form}`).href = chosen ? `/v1/sessions/${encodeURIComponent(chosen.id)}/export.${form}` : "";
+  }
+  stale = true;
+}
+
+function draw() {
+  requestAnimationFrame(draw);
+  if (stale) {
+    stale = false;
+    list();
+    badge();
+    if (chosen) {
+      $("title").textContent = chosen.stream;
+      const people = chosen.labels.length;
+      const opened = chosen.opened ? new Date(chosen.opened).toLocaleTimeString([], { timeStyle: "short" }) : "";
+      $("about").textContent = [
+        chosen.source,
+        opened && `since ${opened}`,
+        `${people} ${people === 1 ? "speaker" : "speakers"}`,
+        chosen.open ? "live" : "ended",
+      ].filter(Boolean).join(" · ");
+      showPeople(chosen);
+      transcript.draw(chosen);
+    }
+  }
+  if (chosen && !document.hidden) lanes.draw(chosen);
+}
+
+function list() {
+  const all = [...sessions.values()].sort((a, b) => Number(b.open) - Number(a.open) || b.opened?.localeCompare(a.opened ?? ""));
+  $("nobody").hidden = all.length > 0;
+  reconcile($("sessions"), all, (session) => session.id, () => {
+    const button = document.createElement("button");
+    button.type = "button";
+    for (const part of ["dot", "name", "time"]) {
+      const span = document.createElement("span");
+      span.className = part;
+      button.append(span);
+    }
+    button.addEventListener("click", () => {
+      pinned = true;
+      choose(button.dataset.id);
+    });
+    return button;
+  }, (button, session) => {
+    button.dataset.id = session.id;
+    button.dataset.state = session.open ? "open" : "closed";
+    button.setAttribute("aria-current", String(session === chosen));
+    put(button.children[1], session.stream);
+    put(button.children[2], clock(session.now));
+  });
+}
+
+function showPeople(session) {
+  const shares = session.shares();
+  const total = [...shares.values()].reduce((sum, each) => sum + each, 0);
+  reconcile($("speakers"), session.labels, (label) => label, () => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = "Say who this is";
+    for (const part of ["chip", "name", "share"]) {
+      const span = document.createElement("span");
+      span.className = part;
+      button.append(span);
+    }
+    button.addEventListener("click", () => ask(button.dataset.label));
+    return button;
+  }, (button, label) => {
+    button.dataset.label = label;
+    button.className = `${colour(label)}${session.open && session.talking(label) ? " talking" : ""}`;
+    put(button.children[1], session.name(label));
+    put(button.children[2], total ? `${Math.round((100 * (shares.get(label) ?? 0)) / total)} %` : "");
+    button.setAttribute("aria-label", `${session.name(label)}: say who this is`);
+  });
+  $("canvas").setAttribute("aria-label", `Lanes of ${session.labels.map((label) => session.name(label)).join(", ") || "nobody yet"}`);
+}
+
+// A list's items by key: what is there stays where it is.
+function reconcile(root, items, key, build, fill) {
+  const nodes = new Map([...root.children].map((node) => [node.dataset.key, node]));
+  let before = null;
+  for (const item of items) {
+    let node = nodes.get(key(item));
+    if (!node) {
+      node = document.createElement("li");
+      node.dataset.key = key(item);
+      node.append(build());
+    }
+    nodes.delete(key(item));
+    const place = before ? before.nextSibling : root.firstChild;
+    if (place !== node) root.insertBefore(node, place);
+    fill(node.firstChild, item);
+    before = node;
+  }
+  for (const node of nodes.values()) node.remove();
+}
+
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function badge() {
+  const health = $("health");
+  if (connection === "closed") {
+    health.dataset.state = "bad";
+    put(health, "not connected, trying again …");
+    return;
+  }
+  if (connection !== "open") {
+    health.dataset.state = "wait";
+    put(health, "connecting …");
+    return;
+  }
+  const stuck = status && status.busy_s > 2;
+  const open = status?.streams ?? 0;
+  const parts = [open === 1 ? "1 stream" : `${open} streams`];
+  if (lag !== null && open) parts.push(`${(lag / 1000).toFixed(1)} s behind`);
+  if (status?.realtime_factor && open) {
+    parts.push(`${Math.round(status.realtime_factor * open * 100)} % busy`);
+  }
+  health.dataset.state = stuck ? "bad" : lag > 3000 ? "slow" : "good";
+  put(health, stuck ? "the engine is stuck" : parts.join(" · "));
+}
+
+async function look() {
+  try {
+    const answer = await fetch("/v1/status");
+    if (answer.status === 401) return login();
+    status = await answer.json();
+  } catch {
+    status = null;
+  }
+  stale = true;
+}
+
+function login() {
+  if ($("login").open) return;
+  $("login").showModal();
+}
+
+$("login").querySelector("form").addEventListener("submit", async (submit) => {
+  submit.preventDefault();
+  const answer = await fetch("/v1/login", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ token: $("login-token").value }),
+  });
+  if (answer.ok) {
+    $("login").close();
+    feed.connect();
+    look();
+  } else {
+    $("login-error").textContent = (await answer.json()).error;
+  }
+});
+
+async function ask(label) {
+  if (!chosen || !label || !chosen.labels.includes(label)) return;
+  if (!chosen.open) return toast("This session has ended: names can be given while it is open.");
+  $("naming-label").textContent = chosen.name(label);
+  $("naming-name").value = chosen.names.get(label) ?? "";
+  $("naming-enrol").checked = false;
+  $("naming-error").textContent = "";
+  $("naming").dataset.label = label;
+  $("naming").dataset.session = chosen.id;
+  $("naming").showModal();
+  try {
+    const { voices } = await (await fetch("/v1/voices")).json();
+    $("known").replaceChildren(...voices.map((name) => {
+      const option = document.createElement("option");
+      option.value = name;
+      return option;
+    }));
+  } catch {
+    // Names can be typed.
+  }
+}
+
+$("naming-cancel").addEventListener("click", () => $("naming").close());
+$("naming").querySelector("form").addEventListener("submit", async (submit) => {
+  submit.preventDefault();
+  const { label, session } = $("naming").dataset;
+  const answer = await fetch(`/v1/sessions/${encodeURIComponent(session)}/speakers/${label}`, {
+    method: "PUT",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ name: $("naming-name").value, enrol: $("naming-enrol").checked }),
+  });
+  if (answer.ok) $("naming").close();
+  else $("naming-error").textContent = (await answer.json()).error;
+});
+
+function heard(state, detail) {
+  const on = state === "on" || state === "lost";
+  $("mic").setAttribute("aria-pressed", String(on));
+  put($("mic").querySelector("span"), on ? "Stop" : "Microphone");
+  if (state === "on") {
+    pinned = false;
+    if (sessions.has(detail)) choose(detail);
+  }
+  if (state === "lost") toast("The connection broke; what you say is kept.");
+  if (state === "refused") toast(detail);
+}
+
+$("mic").addEventListener("click", async () => {
+  if (microphone.running) return microphone.stop();
+  try {
+    await microphone.start();
+  } catch (error) {
+    toast(error.name === "NotAllowedError" ? "The browser was not allowed to use the microphone." : `No microphone: ${error.message}`);
+  }
+});
+
+document.addEventListener("keydown", (key) => {
+  if (key.ctrlKey || key.metaKey || key.altKey || document.querySelector("dialog[open]")) return;
+  if (key.key === "m") $("mic").click();
+  if (key.key === "j" || key.key === "k") {
+    const ids = [...$("sessions").children].map((node) => node.dataset.key);
+    const next = ids[ids.indexOf(chosen?.id) + (key.key === "j" ? 1 : -1)];
+    if (next) {
+      pinned = true;
+      choose(next);
+    }
+  }
+});
+
+let fading;
+function toast(text) {
+  $("toast").textContent = text;
+  $("toast").classList.add("shown");
+  clearTimeout(fading);
+  fading = setTimeout(() => $("toast").classList.remove("shown"), 5000);
+}
+
+const feed = new Feed(take, (state) => {
+  connection = state;
+  stale = true;
+  if (state === "denied") login();
+  if (state === "open") look();
+});
+setInterval(look, 5000);
+requestAnimationFrame(draw);

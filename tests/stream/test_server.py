@@ -1,0 +1,583 @@
+import asyncio
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import websockets
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from stream.clock import SAMPLE_RATE
+from stream.config import ConfigError
+from tests.stream.conftest import speechlike
+from tests.stream.house import finals, pcm, serving, talk, until
+from tests.stream.test_daemon import config
+
+QUIET = {"session": {"heartbeat_s": 0}}
+TOKEN = "a-token-that-is-long-enough"
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return speechlike(6 * SAMPLE_RATE + 123, seed=5)
+
+
+async def closing(house, path, *messages, **keys):
+    """Connect, send, and wait for the server to close → code, reason."""
+    async with house.connect(path, **keys) as socket:
+        try:
+            for message in messages:
+                await socket.send(message)
+            async for _ in socket:
+                pass
+        except ConnectionClosed:
+            pass
+        return socket.close_code, socket.close_reason
+
+
+class TestAudio:
+    async def test_says_what_a_file_of_the_same_audio_says(self, checkpoint, speech, tmp_path):
+        import soundfile
+
+        from tests.stream.test_daemon import collected
+
+        path = tmp_path / "same.wav"
+        await asyncio.to_thread(
+            soundfile.write, path, np.frombuffer(pcm(speech), "<i2"), SAMPLE_RATE
+        )
+        filed, _ = await collected(
+            config(checkpoint, {"a": {"kind": "file", "path": path}}, **QUIET)
+        )
+        async with serving(checkpoint, **QUIET) as house:
+            events = await talk(house, speech, "/v1/audio?name=desk")
+        assert finals(events) == finals([e.model_dump(mode="json") for e in filed])
+        assert {e["stream_id"] for e in events} == {"desk"}
+
+    async def test_a_cut_connection_resumed_gives_the_events_of_an_uncut_one(
+        self, checkpoint, speech
+    ):
+        async with serving(checkpoint, **QUIET) as house:
+            whole = await talk(house, speech)
+            cut = await self.talk_with_cuts(house, speech, every=0.7, seed=1)
+        assert finals(cut) == finals(whole)
+        assert [e["seq"] for e in cut] == list(range(len(cut)))
+
+    @staticmethod
+    async def talk_with_cuts(house, speech, every, seed):
+        """Break the connection all the time, also amid a sample; come back with what is needed."""
+        rng = np.random.default_rng(seed)
+        data, events, token = pcm(speech), [], None
+        while True:
+            query = "" if token is None else f"&resume={token}&have=0&after={events[-1]['seq']}"
+            async with house.connect(f"/v1/audio?name=x{query}") as socket:
+                ready = json.loads(await socket.recv())
+                token = ready["resume_token"]
+                at = ready["received"] * 2
+                budget = int(every * SAMPLE_RATE) * 2 + int(rng.integers(-999, 999))
+                end = min(at + budget, len(data))
+                for begin in range(at, end, 3201):
+                    await socket.send(data[begin : min(begin + 3201, end)])
+                if end == len(data):
+                    await socket.send('{"type": "close"}')
+                    events += [json.loads(message) async for message in socket]
+                    return events
+                try:  # some of what it says, so that the rest must be said again
+                    for _ in range(int(rng.integers(1, 6))):
+                        async with asyncio.timeout(0.3):
+                            events.append(json.loads(await socket.recv()))
+                except TimeoutError:
+                    pass
+                socket.transport.abort()
+
+    async def test_what_the_caller_cannot_send_again_is_a_gap(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/audio") as socket:
+                ready = json.loads(await socket.recv())
+                await socket.send(pcm(speech[:16_000]))
+                await until(lambda: house.events[-1].end >= 0.4)
+                socket.transport.abort()
+            path = f"/v1/audio?resume={ready['resume_token']}&have=20000&after=-1"
+            async with house.connect(path) as socket:
+                assert json.loads(await socket.recv())["received"] == 20_000
+                await socket.send(pcm(speech[20_000:30_000]))
+                await socket.send('{"type": "close"}')
+                events = [json.loads(message) async for message in socket]
+        (gap,) = [e for e in events if e["type"] == "gap"]
+        assert (gap["lost_samples"], gap["reason"]) == (4000, "network")
+        assert events[-1]["end"] == 30_000 / SAMPLE_RATE
+
+    async def test_a_caller_that_stays_away_is_waited_for_and_then_not(self, checkpoint, speech):
+        async with serving(checkpoint, session={"heartbeat_s": 0, "resume_s": 0.2}) as house:
+            async with house.connect("/v1/audio") as socket:
+                token = json.loads(await socket.recv())["resume_token"]
+                await socket.send(pcm(speech[:8000]))
+            await until(lambda: house.events[-1].type == "session.closed")
+            code, reason = await closing(house, f"/v1/audio?resume={token}")
+        assert (code, reason) == (1008, "the session of this resume token has ended")
+
+    async def test_other_encodings_and_rates(self, checkpoint):
+        tone = np.sin(np.arange(48_000) / 30).astype("<f4") * 0.3
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/audio?encoding=f32le&rate=48000&channels=2") as socket:
+                await socket.recv()
+                await socket.send(np.repeat(tone, 2).tobytes())
+                await socket.send('{"type": "close"}')
+                last = [json.loads(message) async for message in socket][-1]
+        assert last["totals"]["audio_s"] == 1.0
+
+    async def test_opus_in_ogg_and_webm(self, checkpoint, speech, tmp_path):
+        import av
+
+        def encoded(form):
+            path = tmp_path / f"a.{form}"
+            with av.open(str(path), "w", format=form) as container:
+                stream = container.add_stream("libopus", rate=48_000, layout="mono")
+                frame = av.AudioFrame.from_ndarray(
+                    np.frombuffer(pcm(speech), "<i2")[None].copy(), "s16", "mono"
+                )
+                frame.rate = SAMPLE_RATE
+                resampler = av.AudioResampler("s16", "mono", 48_000, frame_size=960)
+                for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+                    container.mux(stream.encode(piece))
+                container.mux(stream.encode(None))
+            return path.read_bytes()
+
+        async with serving(checkpoint, **QUIET) as house:
+            for form in ("ogg", "webm"):
+                data = await asyncio.to_thread(encoded, form)
+                async with house.connect("/v1/audio?encoding=opus") as socket:
+                    await socket.recv()
+                    for at in range(0, len(data), 700):
+                        await socket.send(data[at : at + 700])
+                    await socket.send('{"type": "close"}')
+                    last = [json.loads(message) async for message in socket][-1]
+                assert last["totals"]["audio_s"] == pytest.approx(len(speech) / 16_000, abs=0.05)
+            code, reason = await closing(
+                house, "/v1/audio?encoding=opus", b"no container" * 900, '{"type": "close"}'
+            )
+        assert code == 1007
+        assert "expected audio in Ogg or WebM" in reason
+
+    @pytest.mark.parametrize(
+        ("query", "expected"),
+        [
+            ("encoding=mp3", "encoding: expected s16le, f32le, mulaw or opus, got 'mp3'"),
+            ("rate=7", "rate: expected 1000 to 768000"),
+            ("rate=-1", "rate: expected a whole number, got '-1'"),
+            ("channels=65", "channels: expected 1 to 64, got 65"),
+            ("channels=2&channel=2", "channel: expected 0 to 1, got 2"),
+            ("name=a/b", "name: expected 1 to 128 characters"),
+        ],
+    )
+    async def test_what_is_wrong_with_a_query_is_said(self, checkpoint, query, expected):
+        async with serving(checkpoint) as house:
+            code, reason = await closing(house, f"/v1/audio?{query}")
+        assert code == 1003
+        assert expected in reason
+
+    async def test_more_callers_than_streams_are_turned_away(self, checkpoint):
+        async with serving(checkpoint, {"max_streams": 1}) as house:
+            async with house.connect("/v1/audio") as socket:
+                await socket.recv()
+                code, reason = await closing(house, "/v1/audio")
+        assert code == 1013
+        assert "1 streams are open, which is the limit" in reason
+
+
+class TestFeed:
+    async def test_a_subscriber_resumes_by_seq_and_by_cursor(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house:
+            said = await talk(house, speech)
+            session = said[0]["session_id"]
+            path = f"/v1/events?session={session}&after=3&partials=false"
+            async with house.connect(path) as socket:
+                assert json.loads(await socket.recv())["complete"]
+                wanted = [e for e in said if e["seq"] > 3 and e["is_final"]]
+                assert [json.loads(await socket.recv()) for _ in wanted] == wanted
+            async with house.connect("/v1/events?cursor=0") as socket:
+                ready = json.loads(await socket.recv())
+                told = [json.loads(await socket.recv()) for _ in said]
+                assert [each["event"] for each in told] == said
+                assert told[-1]["cursor"] == ready["cursor"]
+            async with house.connect(f"/v1/events?cursor={told[-2]['cursor']}") as socket:
+                await socket.recv()
+                assert json.loads(await socket.recv())["event"] == said[-1]
+
+    async def test_server_sent_events_go_on_after_the_last_id(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house, house.http() as http:
+            said = await talk(house, speech)
+            heard: list[tuple[str, dict]] = []
+
+            async def read(count, **headers):
+                url = "/v1/events?partials=false&cursor=0"
+                async with http.stream("GET", url, headers=headers) as answer:
+                    assert answer.headers["content-type"].startswith("text/event-stream")
+                    identity = ""
+                    async for line in answer.aiter_lines():
+                        if line.startswith("id: "):
+                            identity = line[4:]
+                        if line.startswith("data: "):
+                            heard.append((identity, json.loads(line[6:])))
+                            if len(heard) == count:
+                                return
+
+            wanted = [e for e in said if e["is_final"]]
+            await read(4)
+            await read(len(wanted), **{"Last-Event-ID": heard[3][0]})
+        assert [event for _, event in heard] == wanted
+
+    @pytest.mark.parametrize(
+        ("query", "expected"),
+        [
+            ("types=turn.end", "types: 'turn.end' is not a type of event"),
+            ("after=3", "after: expected with session"),
+            ("session=x&after=y", "after: expected a whole number"),
+        ],
+    )
+    async def test_what_is_wrong_with_a_query_is_said(self, checkpoint, query, expected):
+        async with serving(checkpoint) as house, house.http() as http:
+            code, reason = await closing(house, f"/v1/events?{query}")
+            answer = await http.get(f"/v1/events?{query}")
+        assert code == 1003
+        assert expected in reason
+        assert answer.status_code == 400
+        assert expected in answer.json()["error"]
+
+    async def test_a_session_is_exported_in_every_form(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house, house.http() as http:
+            said = await talk(house, speech)
+            session = said[0]["session_id"]
+            got = {
+                form: await http.get(f"/v1/sessions/{session}/export.{form}")
+                for form in ("rttm", "vtt", "srt", "json", "txt", "doc")
+            }
+            missing = await http.get("/v1/sessions/nobody/export.rttm")
+            (listed,) = (await http.get("/v1/sessions")).json()["sessions"]
+        turns = [e for e in said if e["type"] == "turn.ended"]
+        assert len(got["rttm"].text.splitlines()) == len(turns) > 0
+        assert got["vtt"].text.startswith("WEBVTT")
+        assert " --> " in got["srt"].text
+        assert got["json"].json() == [e for e in said if e["is_final"]]
+        assert re.match(r"(S\d+|\?): \w", got["txt"].text)
+        assert (got["doc"].status_code, missing.status_code) == (404, 404)
+        assert listed["state"] == "closed"
+        assert set(listed["speakers"]) == {e["speaker"]["label"] for e in turns}
+
+
+class TestPeople:
+    async def test_a_live_speaker_gets_a_name_and_the_past_turns_too(
+        self, checkpoint, speech, tmp_path
+    ):
+        voices = tmp_path / "voices.db"
+        async with serving(checkpoint, voiceprints=voices, **QUIET) as house, house.http() as http:
+            async with house.connect("/v1/audio") as socket:
+                session = json.loads(await socket.recv())["session_id"]
+                await socket.send(pcm(speech))
+                await until(lambda: any(e.type == "turn.ended" for e in house.events))
+                label = next(e for e in house.events if e.type == "turn.ended").speaker.label
+                where = f"/v1/sessions/{session}/speakers/{label}"
+                answer = await http.put(where, json={"name": "Anna"})
+                assert answer.status_code == 200
+                for body, status in (({"name": ""}, 400), ({}, 400), ([1], 400)):
+                    assert (await http.put(where, json=body)).status_code == status
+                nobody = f"/v1/sessions/{session}/speakers/S99"
+                assert (await http.put(nobody, json={"name": "B"})).status_code == 404
+                enrolled = await http.put(where, json={"name": "Anna", "enrol": True})
+                known = (await http.get("/v1/voices")).json()["voices"]
+                await socket.send('{"type": "close"}')
+                async for _ in socket:
+                    pass
+        identified = next(e for e in house.events if e.type == "speaker.identified")
+        assert (identified.speaker, identified.identity) == (label, "Anna")
+        revised = [e for e in house.events if e.type == "speaker.revised"]
+        assert any(e.reason == "identified" and e.to_label == "Anna" for e in revised)
+        later = [e for e in house.events if e.type == "turn.ended" and e.seq > identified.seq]
+        assert all(e.speaker.identity == "Anna" for e in later if e.speaker.label == label)
+        assert [e.seq for e in house.events] == list(range(len(house.events)))
+        if enrolled.status_code == 200:
+            assert known == ["Anna"]
+        else:
+            assert "s of clean speech so far; expected at least 1 s" in enrolled.json()["error"]
+
+
+class TestDeepgram:
+    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")  # the SDK's own imports
+    async def test_the_deepgram_sdk_is_at_home(self, checkpoint, speech):
+        from deepgram import AsyncDeepgramClient
+        from deepgram.core.events import EventType
+        from deepgram.environment import DeepgramClientEnvironment
+
+        async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
+            where = f"ws://127.0.0.1:{house.port}"
+            http = f"http://127.0.0.1:{house.port}"
+            client = AsyncDeepgramClient(
+                api_key=TOKEN,
+                environment=DeepgramClientEnvironment(
+                    base=http, production=where, agent=where, agent_rest=http
+                ),
+            )
+            said = []
+            async with client.listen.v1.connect(
+                model="nova-3",
+                encoding="linear16",
+                sample_rate=16_000,
+                interim_results="true",
+                diarize="true",
+                vad_events="true",
+                utterance_end_ms="1000",
+            ) as connection:
+                connection.on(EventType.MESSAGE, said.append)
+                listening = asyncio.create_task(connection.start_listening())
+                await connection.send_keep_alive()
+                for at in range(0, len(speech), 4000):
+                    await connection.send_media(pcm(speech[at : at + 4000]))
+                await connection.send_finalize()
+                await until(lambda: any(getattr(e, "from_finalize", False) for e in said))
+                await connection.send_close_stream()
+                await listening
+        kinds = [each.type for each in said]
+        assert kinds[-1] == "Metadata"
+        assert said[-1].duration == pytest.approx(len(speech) / SAMPLE_RATE, abs=1e-3)
+        assert {"Results", "SpeechStarted"} <= set(kinds)
+        results = [each for each in said if each.type == "Results"]
+        done = [each for each in results if each.is_final]
+        interim = [each for each in results if not each.is_final]
+        assert done
+        assert interim
+        words = [word for each in done for word in each.channel.alternatives[0].words]
+        wanted = [w for e in house.events if e.type == "transcript.final" for w in e.words]
+        assert [word.word for word in words] == [word.word for word in wanted]
+        assert [word.start for word in words] == [word.start for word in wanted]
+        labels = [int(word.speaker[1:]) - 1 if word.speaker else None for word in wanted]
+        assert [getattr(word, "speaker", None) for word in words] == labels
+
+    async def test_channels_apart_are_sessions_apart(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house:
+            query = "encoding=linear16&sample_rate=16000&channels=2&multichannel=true"
+            async with house.connect(f"/v1/listen?{query}") as socket:
+                both = np.stack([speech, np.zeros_like(speech)], 1).reshape(-1)
+                for at in range(0, len(both), 8000):
+                    await socket.send(pcm(both[at : at + 8000]))
+                await socket.send('{"type": "CloseStream"}')
+                said = [json.loads(message) async for message in socket]
+        assert said[-1]["type"] == "Metadata"
+        assert said[-1]["channels"] == 2
+        assert {tuple(e["channel_index"]) for e in said if e["type"] == "Results"} >= {(0, 2)}
+
+    async def test_a_bad_token_is_refused_with_a_status(self, checkpoint):
+        async with serving(checkpoint, {"token": TOKEN}) as house:
+            with pytest.raises(InvalidStatus) as refused:
+                async with house.connect(
+                    "/v1/listen", additional_headers={"Authorization": "Token wrong"}
+                ):
+                    pass
+        assert refused.value.response.status_code == 401
+
+    @pytest.mark.parametrize(
+        ("query", "expected"),
+        [
+            ("encoding=amr-nb", "encoding: expected linear16, linear32, mulaw, opus"),
+            ("encoding=linear16", "sample_rate: expected 1000 to 768000, got 'nothing'"),
+            ("encoding=linear16&sample_rate=16000&channels=99", "channels: expected 1 to 16"),
+        ],
+    )
+    async def test_what_is_wrong_with_a_query_is_said(self, checkpoint, query, expected):
+        async with serving(checkpoint) as house:
+            code, reason = await closing(house, f"/v1/listen?{query}")
+        assert code == 1003
+        assert expected in reason
+
+
+class TestTwilio:
+    async def test_a_media_stream_is_heard_and_what_is_missing_is_a_gap(self, checkpoint):
+        async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
+            async with house.connect("/v1/twilio") as socket:
+                await socket.send(json.dumps({"event": "connected", "protocol": "Call"}))
+                start = {
+                    "callSid": "CA1",
+                    "tracks": ["inbound"],
+                    "customParameters": {"token": TOKEN},
+                    "mediaFormat": {
+                        "encoding": "audio/x-mulaw",
+                        "sampleRate": 8000,
+                        "channels": 1,
+                    },
+                }
+                await socket.send(json.dumps({"event": "start", "start": start}))
+                payload = base64.b64encode(bytes(range(160))).decode()
+                for number in range(100):
+                    if 40 <= number < 60:
+                        continue  # lost on the way: 400 ms
+                    media = {"track": "inbound", "payload": payload, "timestamp": str(number * 20)}
+                    await socket.send(json.dumps({"event": "media", "media": media}))
+                await socket.send(json.dumps({"event": "stop"}))
+                async for _ in socket:
+                    pass
+                assert socket.close_code == 1000
+        (gap,) = [e for e in house.events if e.type == "gap"]
+        assert (gap.lost_samples, gap.reason) == (6400, "network")
+        assert house.events[-1].totals["audio_s"] == pytest.approx(2.0, abs=1e-3)
+        assert house.events[0].stream_id == "CA1-inbound"
+
+    @pytest.mark.parametrize(
+        ("message", "expected"),
+        [
+            ({"event": "start", "start": {}}, (1008, "expected the custom parameter token")),
+            ({"event": "media"}, (1007, "event: expected start, got 'media'")),
+            ([], (1007, "expected a JSON object")),
+        ],
+    )
+    async def test_what_is_wrong_is_said(self, checkpoint, message, expected):
+        async with serving(checkpoint, {"token": TOKEN}) as house:
+            code, reason = await closing(house, "/v1/twilio", json.dumps(message))
+        assert code == expected[0]
+        assert expected[1] in reason
+
+
+class TestGate:
+    async def test_without_the_token_nothing_is_served_but_the_page_and_the_probes(
+        self, checkpoint, capfd
+    ):
+        async with serving(checkpoint, {"token": TOKEN}) as house, house.http() as http:
+            for path in ("/", "/static/app.js", "/livez", "/readyz"):
+                assert (await http.get(path)).status_code == 200
+            for path in ("/metrics", "/v1/events", "/v1/sessions", "/v1/status", "/v1/voices"):
+                assert (await http.get(path)).status_code == 401
+                headers = {"Authorization": f"Bearer {TOKEN}x"}
+                assert (await http.get(path, headers=headers)).status_code == 401
+            assert (await closing(house, "/v1/events"))[0] == 1008
+            assert (await http.post("/v1/login", json={"token": "wrong"})).status_code == 401
+            assert (await http.post("/v1/login", json={"token": TOKEN})).status_code == 200
+            assert (await http.get("/v1/sessions")).status_code == 200  # by the cookie
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            async with house.connect("/v1/audio", additional_headers=headers) as socket:
+                assert json.loads(await socket.recv())["type"] == "ready"
+            async with house.connect("/v1/audio", subprotocols=["token", TOKEN]) as socket:
+                assert json.loads(await socket.recv())["type"] == "ready"
+        assert TOKEN not in "".join(capfd.readouterr())
+
+    async def test_pages_of_other_sites_are_kept_out(self, checkpoint):
+        async with serving(checkpoint, {"origins": ["https://ours.example"]}) as house:
+            foreign = {"additional_headers": {"Origin": "https://evil.example"}}
+            assert (await closing(house, "/v1/audio", **foreign))[0] == 1008
+            ours = {"additional_headers": {"Origin": "https://ours.example"}}
+            async with house.connect("/v1/audio", **ours) as socket:
+                assert json.loads(await socket.recv())["type"] == "ready"
+            async with house.http(headers={"Host": "rebound.example"}) as http:
+                assert (await http.get("/v1/sessions")).status_code == 403
+
+    async def test_every_answer_forbids_what_the_page_does_not_need(self, checkpoint):
+        async with serving(checkpoint) as house, house.http() as http:
+            for path in ("/", "/static/app.js", "/v1/status", "/nothing"):
+                answer = await http.get(path)
+                policy = answer.headers["content-security-policy"]
+                assert "default-src 'none'" in policy
+                assert "unsafe" not in policy
+                assert answer.headers["x-content-type-options"] == "nosniff"
+
+    @pytest.mark.parametrize("given", [{"host": "0.0.0.0"}, {"token": "short"}, {"tls_cert": "x"}])
+    def test_an_unsafe_configuration_is_refused(self, checkpoint, given):
+        with pytest.raises(ConfigError, match="expected"):
+            config(checkpoint, {}, server=given)
+
+
+class TestLimits:
+    async def test_hostile_clients_are_refused_and_a_good_one_notices_nothing(
+        self, checkpoint, speech
+    ):
+        server = {"max_message_bytes": 4096, "connects_per_minute": 100_000, "max_streams": 16}
+        async with serving(checkpoint, server, **QUIET) as house:
+            alone = await talk(house, speech)
+            good = asyncio.create_task(talk(house, speech))
+            rng = np.random.default_rng(3)
+            codes = [await self.attack(house, rng) for _ in range(150)]
+            beside = await good
+            async with house.http() as http:
+                assert (await http.get("/readyz")).status_code == 200
+        assert finals(beside) == finals(alone)
+        assert set(codes) <= {1000, 1003, 1006, 1007, 1008, 1009, 1013, None, "refused"}
+
+    @staticmethod
+    async def attack(house, rng):
+        kind = int(rng.integers(8))
+        try:
+            if kind == 0:  # too long a message
+                return (await closing(house, "/v1/audio", bytes(5000)))[0]
+            if kind == 1:  # half a sample, then gone
+                async with house.connect("/v1/audio") as socket:
+                    await socket.send(b"x")
+                    socket.transport.abort()
+                return None
+            if kind == 2:  # JSON that is none
+                return (await closing(house, "/v1/audio", rng.choice(["{", "[]", "\x00", "1"])))[0]
+            if kind == 3:  # not a number among the samples
+                return (
+                    await closing(
+                        house,
+                        "/v1/audio?encoding=f32le",
+                        np.full(500, np.nan, "<f4").tobytes(),
+                        np.full(500, 1e38, "<f4").tobytes(),
+                        '{"type": "close"}',
+                    )
+                )[0]
+            if kind == 4:  # many tiny messages
+                return (await closing(house, "/v1/audio", *["{}"] * 3))[0]
+            if kind == 5:  # a token that is not known, of any length
+                token = "x" * int(rng.integers(1, 3000))
+                return (await closing(house, f"/v1/audio?resume={token}"))[0]
+            if kind == 6:  # no HTTP at all, or half a request
+                reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+                writer.write(rng.bytes(300) if rng.random() < 0.5 else b"GET / HTTP/1.1\r\nHost:")
+                await writer.drain()
+                writer.close()
+                del reader
+                return "refused"
+            path = rng.choice(["/v1/events?types=x", "/v1/listen?encoding=%00", "/v1/twilio"])
+            return (await closing(house, path, "{}"))[0]
+        except (InvalidStatus, OSError, websockets.exceptions.InvalidMessage):
+            return "refused"
+
+    async def test_a_flood_of_tiny_messages_is_hung_up_on(self, checkpoint):
+        async with serving(checkpoint, {"messages_per_s": 20}) as house:
+            code, reason = await closing(house, "/v1/audio", *['{"type": "keepalive"}'] * 200)
+        assert (code, reason) == (1008, "too many messages; send 20 ms of audio or more in each")
+
+    async def test_a_silent_connection_is_closed(self, checkpoint):
+        async with serving(checkpoint, {"idle_s": 0.1}) as house:
+            code, reason = await closing(house, "/v1/audio")
+        assert (code, reason) == (1008, "nothing came for 0.1 s")
+
+    async def test_too_many_connections_of_an_address_must_wait(self, checkpoint):
+        async with serving(checkpoint, {"connects_per_minute": 5}) as house, house.http() as http:
+            codes = [(await http.get("/livez")).status_code for _ in range(8)]
+        assert codes[-1] == 429
+
+
+class TestHealth:
+    async def test_a_stuck_engine_is_not_ready_but_alive(self, checkpoint, speech, monkeypatch):
+        from stream.batcher import Batches
+
+        async with serving(checkpoint) as house, house.http() as http:
+            assert (await http.get("/readyz")).text == "ready\n"
+            monkeypatch.setattr(Batches, "busy_s", property(lambda _: 2.5))
+            stuck = await http.get("/readyz")
+            assert stuck.status_code == 503
+            assert "stuck for 2.5 s" in stuck.text
+            assert (await http.get("/livez")).status_code == 200
+
+    async def test_metrics_tell_what_was_done(self, checkpoint, speech):
+        from prometheus_client.parser import text_string_to_metric_families
+
+        async with serving(checkpoint, **QUIET) as house, house.http() as http:
+            await talk(house, speech)
+            text = (await http.get("/metrics")).text
+        samples = {
+            (s.name, *s.labels.values()): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        }
+        assert samples[("livesat_audio_seconds_total",)] == pytest.approx(len(speech) / 16_000)
+        ended = sum(e.type == "turn.ended" for e in house.events)
+        assert samples[("livesat_events_total", "turn.ended")] == ended
+        assert samples[("livesat_slots",)] == 4
