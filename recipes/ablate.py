@@ -1,4 +1,4 @@
-"""Do the paper's two additions help at this size? Four short pre-trainings and the same probes.
+"""Do the paper's two additions help at this size? Short pre-trainings and the same probes.
 
 With and without the utterance-wise contrastive loss, with and without utterance mixing: one budget,
 one seed, one order of data. The encoder is then frozen, and two small probes read a learnt weighted
@@ -62,6 +62,11 @@ ARMS = {
     "+ contrastive": {"contrastive": True, "mixing": 0.0},
     "+ mixing": {"contrastive": False, "mixing": 0.2},
     "+ contrastive + mixing": {"contrastive": True, "mixing": 0.2},
+    "+ contrastive at a tenth of the weight": {
+        "contrastive": True,
+        "contrastive_weight": 0.1,
+        "mixing": 0.0,
+    },
 }
 """The arms by name, and what each changes."""
 
@@ -235,7 +240,7 @@ def table(report: dict[str, Any], settings: Ablate) -> str:
     lines = [
         "# The paper's two additions at this size",
         "",
-        "`python -m recipes.ablate`: four pre-trainings of the embedded checkpoint's encoder by "
+        "`python -m recipes.ablate`: pre-trainings of the embedded checkpoint's encoder by "
         f"`recipes.pretrain`, {s.steps} steps of {s.batch_hops / 50:.0f} s of audio each, seed "
         f"{s.seed}, the same data in the same order; then the same two probes on the frozen "
         f"encoder, {settings.probe_seeds} seeds each (mean ± standard deviation over the probe's "

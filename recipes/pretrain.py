@@ -38,6 +38,7 @@ class Pretrain(Settings):
         batch_hops: audio in a batch of one process.
         sources: probability of each corpus to give an utterance.
         contrastive: with the utterance-wise contrastive loss and its quantiser.
+        contrastive_weight: of that loss and the diversity term; 1 is the paper's.
         mixing: share of utterances another one is mixed into; 0 is without.
         mask_prob: share of frames at which a masked span of ten would begin, times ten.
         temperature: Gumbel temperature at the first and at the last step.
@@ -61,6 +62,7 @@ class Pretrain(Settings):
     batch_hops: int = 2400
     sources: dict[str, float]
     contrastive: bool = True
+    contrastive_weight: float = 1.0
     mixing: float = 0.2
     mask_prob: float = 0.65
     temperature: tuple[float, float] = (2.0, 0.5)
@@ -162,7 +164,9 @@ class Pretraining:
         waves, labels = waves.to(self.device), labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bfloat16):
             output = self.model(waves, labels=labels)
-        loss = output.loss if s.contrastive else output.prediction_loss
+        loss = output.prediction_loss
+        if s.contrastive:
+            loss = loss + s.contrastive_weight * (output.loss - output.prediction_loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.model.parameters())
