@@ -8,7 +8,7 @@ sent again is skipped by its position, so that nothing is heard twice and nothin
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -190,9 +190,8 @@ class Call:
             if not self._opened.done():
                 self._opened.set_result(None)
 
-    def resumed(self, session_id: str, token: str) -> None:
-        """The session goes on from an earlier process: it is open already."""
-        self.session_id, self.resume_token = session_id, token
+    def resumed(self) -> None:
+        """A session of an earlier process goes on."""
         if not self._opened.done():
             self._opened.set_result(None)
 
@@ -267,7 +266,8 @@ class Calls:
         line = Line(source, self._buffer_ms)
         call = Call(name, line, ear, self._resume_s if resumable else 0.0)
         if resume is not None:
-            call.resumed(resume.session_id, resume.token)
+            call.session_id, call.resume_token = resume.session_id, resume.token
+            resume = replace(resume, began=call.resumed)
         self._open[name] = call
         self._group.create_task(self._run(call, tap, resume), name=f"call:{name}")
         return call

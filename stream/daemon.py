@@ -471,6 +471,8 @@ class House:
         live.position = resume.taken
         if resume.next_seq is not None:
             session.skip_to(resume.next_seq)
+        if resume.began is not None:
+            resume.began()
         log.info("session goes on", stream=session.stream_id, session=session.id)
         if not live.called:
             away = clock.samples(max(time() - resume.saved, 0))

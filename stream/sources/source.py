@@ -55,6 +55,7 @@ class Resumed:
             sends again what was not saved, and events of that are made again under their numbers.
         saved: When it was saved, in seconds since 1970: a clock that two processes share.
         data: The session as it was saved.
+        began: Called when the session goes on.
     """
 
     session_id: str
@@ -65,6 +66,7 @@ class Resumed:
     next_seq: int | None
     saved: float
     data: bytes
+    began: Callable[[], None] | None = None
 
 
 class Source(Protocol):

@@ -29,7 +29,7 @@ from stream.sources.pcm import BYTES
 from stream.sources.source import SourceError
 from stream.web.containers import Container, ContainerError
 from stream.web.gate import LATER, POLICY
-from stream.web.wire import AWAY, INVALID, NORMAL, UNSUPPORTED, Hangup, Wire, command
+from stream.web.wire import AWAY, INVALID, NORMAL, RESTART, UNSUPPORTED, Hangup, Wire, command
 
 _NAME: Final = re.compile(r"[^\x00-\x1f/]{1,128}")
 
@@ -108,6 +108,7 @@ class Audio:
             await wire.close(UNSUPPORTED, str(error))
             return
         talking = asyncio.create_task(self._hear(wire, call, connection), name="audio:hear")
+        ending = asyncio.create_task(self._end(call, reader), name="audio:end")
         try:
             await wire.send_json(
                 {
@@ -133,7 +134,7 @@ class Audio:
                     if reader.evicted:
                         code, reason = LATER, "reads too slowly; resume"
                     elif self._desk.stop.is_set():
-                        code, reason = AWAY, "the daemon is stopping; resume"
+                        code, reason = RESTART, "the daemon is stopping; resume"
             finally:
                 telling.cancel()
                 await asyncio.gather(telling, return_exceptions=True)
@@ -143,10 +144,16 @@ class Audio:
             pass
         finally:
             talking.cancel()
-            await asyncio.gather(talking, return_exceptions=True)
+            ending.cancel()
+            await asyncio.gather(talking, ending, return_exceptions=True)
             self._desk.feed.leave(reader)
             call.drop(connection)
         await wire.close(code, reason)
+
+    async def _end(self, call: Call, reader: Subscription) -> None:
+        """Once the session is over, what waits is told, and no more comes."""
+        await call.over()
+        self._desk.feed.leave(reader)
 
     async def _hear(self, wire: Wire, call: Call, connection: int) -> tuple[int, str]:
         """Audio until the client closes → close code and reason; the call is finished, or waits."""

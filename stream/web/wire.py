@@ -14,7 +14,8 @@ NORMAL: Final = 1000
 AWAY: Final = 1001
 UNSUPPORTED: Final = 1003
 INVALID: Final = 1007
-"""Close codes (RFC 6455, section 7.4.1)."""
+RESTART: Final = 1012
+"""Close codes (RFC 6455, section 7.4.1, and IANA's registry)."""
 
 SEND_S: Final = 5.0
 """How long a client may take to accept a message (reliability bar, row 9)."""
