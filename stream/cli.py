@@ -199,11 +199,115 @@ def run(
         Path, typer.Option("--config", metavar="FILE", help="Sources, sinks, engine, tracks.")
     ] = Path("config.yaml"),
 ) -> None:
-    """Run as a daemon with the sources and sinks of a configuration file."""
+    """Run as a daemon with the sources, sinks and server of a configuration file."""
+    from functools import partial
+
     from stream.config import load
     from stream.daemon import run as serve
+    from stream.sources.source import Listener
 
-    asyncio.run(serve(load(config)))
+    settings = load(config)
+    # A daemon outlasts its brokers: what waits for one is kept and told, no reason to end.
+    lasting = settings.server is not None or any(
+        isinstance(source, Listener) or source.live for source in settings.sources.values()
+    )
+    asyncio.run(serve(settings, fail_fast=not lasting, reload=partial(load, config)))
+
+
+@app.command()
+def doctor(config: ConfigPath = None) -> None:
+    """Look whether this machine can do the job, and say what to do if not."""
+    from stream.config import load, parse
+    from stream.doctor import Finding, examine
+
+    if config is not None:
+        settings = load(config)
+    else:
+        settings = parse({"sources": {"stdin": {"kind": "stdin"}}}, where="defaults")
+    settings.log.model_copy(update={"level": "error"}).configure()
+    marks = {"ok": ("✓", "green"), "note": ("–", "yellow"), "bad": ("✗", "red")}
+
+    async def ask() -> list[Finding]:
+        findings: list[Finding] = []
+        async for finding in examine(settings):
+            mark, colour = marks[finding.state]
+            line = Text.assemble((f"{mark} ", colour), (f"{finding.subject:<16}", "bold"))
+            line.append(finding.text)
+            if finding.fix:
+                line.append(f"  → {finding.fix}", "cyan")
+            out.print(line)
+            findings.append(finding)
+        return findings
+
+    if any(finding.state == "bad" for finding in asyncio.run(ask())):
+        raise typer.Exit(FAILED)
+
+
+configuration = typer.Typer(help="Check and show configuration files.", no_args_is_help=True)
+app.add_typer(configuration, name="config")
+
+
+@configuration.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("config.yaml"),
+) -> None:
+    """Read a configuration file and say what is wrong with it."""
+    from stream.config import load
+
+    settings = load(file)
+    parts = [f"{len(settings.sources)} source(s)", f"{len(settings.sinks)} sink(s)"]
+    if settings.server is not None:
+        parts.append(f"a server on {settings.server.host}:{settings.server.port}")
+    out.print(f"{file}: good: {', '.join(parts)}")
+
+
+@configuration.command("show")
+def config_show(
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("config.yaml"),
+) -> None:
+    """Print a configuration with every default filled in; secrets stay hidden."""
+    import yaml
+
+    from stream.config import load
+
+    tree = load(file).model_dump(mode="json")
+    out.print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="", markup=False)
+
+
+@configuration.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of configuration files, for editors."""
+    import json
+
+    from stream.config import Config
+
+    out.print(json.dumps(Config.model_json_schema(), indent=2), markup=False)
+
+
+@app.command("name")
+def name_speaker(
+    label: Annotated[str, typer.Argument(metavar="LABEL", help='As "S2".')],
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    session: Annotated[
+        str | None, typer.Option("--session", help="Its id; default: the only one that is open.")
+    ] = None,
+    enrol: Annotated[
+        bool, typer.Option("--enroll", help="Recognise the voice from now on (with consent).")
+    ] = False,
+    url: Annotated[
+        str, typer.Option("--url", help="The daemon's server.")
+    ] = "http://127.0.0.1:8080",
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="LIVESAT_TOKEN", help="Its token.")
+    ] = None,
+) -> None:
+    """Tell a running daemon who a live speaker is."""
+    from stream.remote import Daemon
+
+    daemon = Daemon(url, token)
+    chosen = session or daemon.only_session()
+    daemon.name(chosen, label, name, enrol=enrol)
+    out.print(f"{label} of session {chosen} is {name}" + (", and enrolled" if enrol else ""))
 
 
 @app.command()
@@ -379,6 +483,30 @@ def list_voices(voices: Voices = None) -> None:
         more = (person.created.date().isoformat(), until, person.consent)
         table.add_row(*(Text(str(cell)) for cell in (*row, *more)))
     out.print(table)
+
+
+@app.command("export-voices")
+def export_voices(
+    file: Annotated[Path, typer.Argument(metavar="FILE")], voices: Voices = None
+) -> None:
+    """Write all enrolled voices to a JSON file: to another machine, or as a copy."""
+    from stream.voiceprints import Voiceprints
+
+    with Voiceprints.open(_voices_path(voices)) as store:
+        count = store.export(file)
+    out.print(f"{file}: {count} voice(s); they are personal data")
+
+
+@app.command("import-voices")
+def import_voices(
+    file: Annotated[Path, typer.Argument(metavar="FILE")], voices: Voices = None
+) -> None:
+    """Take in voices that export-voices wrote; a name that is here already is an error."""
+    from stream.voiceprints import Voiceprints
+
+    with Voiceprints.open(_voices_path(voices)) as store:
+        names = store.take_in(file)
+    out.print(f"{len(names)} voice(s): {', '.join(names)}")
 
 
 @app.command()

@@ -33,6 +33,7 @@ from stream.server import Status
 from stream.session import Health, Session, Stamp
 from stream.sources.line import Line
 from stream.sources.source import Block, Listener, Resumed, Source, SourceError
+from stream.supervisor import Supervisor
 from stream.survival import Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.tracks.pipeline import NOBODY
@@ -44,6 +45,9 @@ OnEvent = Callable[[Event], None]
 
 SERVER: Final = "server"
 """Name of the server among the listeners: its streams are named after what its callers say."""
+
+RELOADED: Final = ("tracks", "session", "voiceprints", "log")
+"""Keys that a reload takes over: for sessions that open from then on, voices for all of them."""
 
 _NOTHING: Final = np.zeros(0, np.float32)
 
@@ -107,6 +111,7 @@ async def run(
     on_event: OnEvent | None = None,
     stop: asyncio.Event | None = None,
     fail_fast: bool = True,
+    reload: Callable[[], Config] | None = None,
 ) -> Summary:
     """Run until every source has ended, or until told to stop.
 
@@ -120,6 +125,8 @@ async def run(
         stop: Set it to drain.
         fail_fast: A sink that cannot be opened at the start, or did not get all finals by the end,
             is an error; otherwise it is retried, logged and counted.
+        reload: Reads the configuration again, on SIGHUP; what can change without touching a stream
+            does, the rest is named in the log. None: SIGHUP is left alone.
 
     Returns:
         What was done.
@@ -136,7 +143,8 @@ async def run(
     config.log.configure()
     house = House(config, on_event, stop or asyncio.Event())
     async with AsyncExitStack() as stack:
-        stack.enter_context(_signals(house.stop))  # first, so that it outlives the sinks' drain
+        # First, so that it outlives the sinks' drain.
+        stack.enter_context(_signals(house.stop, house.reloaded if reload else None))
         # What can fail on the user's mistake comes before anything is written.
         listeners: dict[str, Listener] = {
             n: s for n, s in config.sources.items() if isinstance(s, Listener)
@@ -166,7 +174,7 @@ async def run(
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
         )
-        await house.serve(sources, blocks, listeners)
+        await house.serve(sources, blocks, listeners, reload)
     if house.failures:
         raise SourceError("\n".join(house.failures))
     return house.summary()
@@ -211,6 +219,9 @@ class House:
     language: LanguageModel | None = field(init=False, default=None)
     batches: Batches = field(init=False)
     survival: Survival | None = field(init=False, default=None)
+    supervisor: Supervisor = field(default_factory=Supervisor)
+    reloaded: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the configuration is to be read again."""
     feed: Feed = field(default_factory=Feed)
     live: dict[str, Live] = field(default_factory=dict[str, Live])
     """Open sessions by id."""
@@ -230,6 +241,7 @@ class House:
         sources: Mapping[str, Source],
         blocks: Mapping[str, AsyncIterator[Block]],
         listeners: Mapping[str, Listener],
+        reload: Callable[[], Config] | None = None,
     ) -> None:
         """A task a stream, one a listener and one for the batches.
 
@@ -252,14 +264,54 @@ class House:
                 group.create_task(listener.serve(name, self), name=f"listener:{name}")
                 for name, listener in listeners.items()
             ]
-            closing = group.create_task(self._close_unclaimed(), name="unclaimed")
+            beside = [
+                group.create_task(self._close_unclaimed(), name="unclaimed"),
+                group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
+                group.create_task(self._tell_of_the_stop(), name="stopping"),
+            ]
+            if reload is not None:
+                beside.append(group.create_task(self._reload(reload), name="reload"))
+            self.supervisor.ready()
             try:
                 await asyncio.wait(working)
             finally:
-                closing.cancel()
-                serving.cancel()
+                for task in (*beside, serving):
+                    task.cancel()
                 self.feed.close()
         self.wall_s = monotonic() - began
+
+    async def _tell_of_the_stop(self) -> None:
+        await self.stop.wait()
+        self.supervisor.stopping()
+
+    async def _reload(self, read: Callable[[], Config]) -> None:
+        """Whenever it is asked for: take over from the configuration what can change."""
+        while True:
+            await self.reloaded.wait()
+            self.reloaded.clear()
+            self.supervisor.reloading()
+            try:
+                given = await asyncio.to_thread(read)
+                settings = await asyncio.to_thread(_thresholds, given, self.engine)
+                changed = [
+                    key
+                    for key in type(given).model_fields
+                    if getattr(given, key) != getattr(self.config, key)
+                ]
+                kept = [key for key in changed if key not in RELOADED]
+                self.config = self.config.model_copy(
+                    update={key: getattr(given, key) for key in changed if key in RELOADED}
+                )
+                self.settings = settings
+                self.config.log.configure()
+                await self.look_again()
+            except (ConfigError, VoiceprintError) as error:
+                log.error("not reloaded", error=str(error))  # noqa: TRY400 - it is the user's file
+            else:
+                log.info("reloaded", changed=[key for key in changed if key in RELOADED])
+                if kept:
+                    log.warning("restart the daemon for these", keys=kept)
+            self.supervisor.ready()
 
     async def find_survivors(self, stack: AsyncExitStack) -> None:
         """Open the file of open sessions and read them.
@@ -684,8 +736,8 @@ def _gallery(config: Config, engine: Engine) -> Gallery | None:
 
 
 @contextmanager
-def _signals(stop: asyncio.Event) -> Generator[None]:
-    """SIGTERM and SIGINT drain; the second one cancels. Only where signals can be had."""
+def _signals(stop: asyncio.Event, reload: asyncio.Event | None) -> Generator[None]:
+    """SIGTERM and SIGINT drain, a second one cancels; SIGHUP reloads. Where there are signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -703,6 +755,10 @@ def _signals(stop: asyncio.Event) -> Generator[None]:
         with suppress(NotImplementedError):  # a loop of a platform without signals
             loop.add_signal_handler(number, asked)
             caught.append(number)
+    if reload is not None:
+        with suppress(NotImplementedError):
+            loop.add_signal_handler(signal.SIGHUP, reload.set)
+            caught.append(signal.SIGHUP)
     try:
         yield
     finally:

@@ -206,6 +206,10 @@ class Engine:
         self._taken.remove(slot)
         self._free.append(slot)
 
+    async def alive(self) -> None:
+        """Return once the inference thread has done what it was doing."""
+        await self._call(lambda: None)
+
     @property
     def active(self) -> int:
         """Slots in use."""

@@ -4,6 +4,7 @@ A voiceprint is biometric data: it is kept with the consent it rests on and may 
 readable by its owner alone, and `forget` overwrites what it deletes.
 """
 
+import json
 import os
 import sqlite3
 import sys
@@ -12,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from stream.tracks.voices import Gallery
 
@@ -78,6 +80,38 @@ def default_path() -> Path:
     else:
         base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
     return base / "livesat" / "voices.db"
+
+
+class ExportedClip(BaseModel):
+    """A clip in an exported file."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    checkpoint: str
+    embedding: list[float] = Field(min_length=1)
+    evidence_s: float = Field(ge=0)
+    created: AwareDatetime
+
+
+class ExportedVoice(BaseModel):
+    """A person in an exported file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1)
+    created: AwareDatetime
+    consent: str = Field(min_length=1)
+    expires: AwareDatetime | None
+    clips: list[ExportedClip] = Field(min_length=1)
+
+
+class Exported(BaseModel):
+    """An exported file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    livesat_voices: Literal[1]
+    voices: list[ExportedVoice]
 
 
 class Voiceprints:
@@ -270,6 +304,88 @@ class Voiceprints:
         ]
         vectors = np.asarray(means, np.float32) if means else np.zeros((0, 0), np.float32)
         return Gallery(tuple(clips), vectors)
+
+    def export(self, path: Path) -> int:
+        """Write every voice to a JSON file that only its owner can read → how many.
+
+        Raises:
+            VoiceprintError: the file cannot be written.
+        """
+        people: list[dict[str, Any]] = []
+        for voice in self.voices():
+            clips = self._db.execute(
+                "SELECT checkpoint, embedding, evidence_s, clips.created FROM clips "
+                "JOIN voices ON voices.id = voice WHERE name = ? ORDER BY clips.id",
+                (voice.name,),
+            )
+            people.append(
+                {
+                    "name": voice.name,
+                    "created": voice.created.isoformat(),
+                    "consent": voice.consent,
+                    "expires": None if voice.expires is None else voice.expires.isoformat(),
+                    "clips": [
+                        {
+                            "checkpoint": checkpoint,
+                            "embedding": np.frombuffer(blob, "<f4").tolist(),
+                            "evidence_s": evidence_s,
+                            "created": created,
+                        }
+                        for checkpoint, blob, evidence_s, created in clips
+                    ],
+                }
+            )
+        _private(path)
+        try:
+            path.write_text(json.dumps({"livesat_voices": VERSION, "voices": people}, indent=1))
+        except OSError as error:
+            raise VoiceprintError(f"{path}: cannot be written ({error.strerror})") from error
+        return len(people)
+
+    def take_in(self, path: Path) -> list[str]:
+        """Add the voices of an exported file, all of them or none → their names.
+
+        Raises:
+            VoiceprintError: it cannot be read, is no such file, or a name in it is here already.
+        """
+        try:
+            given = Exported.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise VoiceprintError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "all of it"
+            raise VoiceprintError(
+                f"{path}: expected a file of livesat export-voices; {where}: {first['msg']}"
+            ) from error
+        with self._db:
+            for voice in given.voices:
+                known = self._db.execute("SELECT 1 FROM voices WHERE name = ?", (voice.name,))
+                if known.fetchone() is not None:
+                    raise VoiceprintError(f"{path}: {voice.name} is enrolled here already")
+                cursor = self._db.execute(
+                    "INSERT INTO voices (name, created, consent, expires) VALUES (?, ?, ?, ?)",
+                    (
+                        voice.name,
+                        voice.created.isoformat(),
+                        voice.consent,
+                        None if voice.expires is None else voice.expires.isoformat(),
+                    ),
+                )
+                for clip in voice.clips:
+                    self._refuse_others(voice.name, clip.checkpoint, len(clip.embedding))
+                    self._db.execute(
+                        "INSERT INTO clips (voice, checkpoint, embedding, evidence_s, created) "
+                        "VALUES (?, ?, ?, ?, ?)",
+                        (
+                            cursor.lastrowid,
+                            clip.checkpoint,
+                            np.asarray(clip.embedding, "<f4").tobytes(),
+                            clip.evidence_s,
+                            clip.created.isoformat(),
+                        ),
+                    )
+        return [voice.name for voice in given.voices]
 
     def _prepare(self, path: Path | None) -> None:
         # Deleted content is overwritten, also in the pages that VACUUM copies.
