@@ -12,31 +12,53 @@ from typing import Annotated, Any, Final, get_args
 from pydantic import Field, ModelWrapValidatorHandler, WrapValidator
 
 from sinks.captions import SrtSettings, VttSettings
+from sinks.jetstream import NatsSettings
 from sinks.jsonl import JsonlSettings
+from sinks.kafka import KafkaSettings
 from sinks.mqtt import MqttSettings
+from sinks.redis_streams import RedisSettings
 from sinks.rttm import RttmSettings
+from sinks.seglst import SeglstSettings
 from sinks.sink import Disconnected, Rejected, Sink, SinkError, SinkSettings
 from sinks.stdout import StdoutSettings
+from sinks.webhook import WebhookSettings
 
 __all__ = [
     "AnySink",
     "Disconnected",
     "JsonlSettings",
+    "KafkaSettings",
     "MqttSettings",
+    "NatsSettings",
+    "RedisSettings",
     "Rejected",
     "RttmSettings",
+    "SeglstSettings",
     "Sink",
     "SinkError",
     "SinkSettings",
     "SrtSettings",
     "StdoutSettings",
     "VttSettings",
+    "WebhookSettings",
     "load_entry_points",
 ]
 
 GROUP: Final = "livesat.sinks"
 
-BuiltIn = StdoutSettings | JsonlSettings | RttmSettings | VttSettings | SrtSettings | MqttSettings
+BuiltIn = (
+    StdoutSettings
+    | JsonlSettings
+    | RttmSettings
+    | SeglstSettings
+    | VttSettings
+    | SrtSettings
+    | MqttSettings
+    | WebhookSettings
+    | NatsSettings
+    | KafkaSettings
+    | RedisSettings
+)
 
 KINDS: Final[dict[str, type[SinkSettings]]] = {
     settings.model_fields["kind"].default: settings for settings in get_args(BuiltIn)

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -52,6 +52,8 @@ PAUSE_S: Final = 1.5
 
 class CaptionSettings(SinkSettings, frozen=True):
     """What both formats have in common."""
+
+    durable: ClassVar[bool] = False
 
     path: Path = Field(
         description="The file; {stream} and {session} in its name are filled in. Its folder must "

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ from sinks.sink import SinkSettings
 
 class RttmSettings(SinkSettings, frozen=True):
     """A file with one SPEAKER line a turn."""
+
+    durable: ClassVar[bool] = False
 
     kind: Literal["rttm"] = "rttm"
     path: Path = Field(description="The file; its folder must exist.")

@@ -1,7 +1,8 @@
 """What a sink is: a place events go to, opened with ``async with`` and fed one event at a time."""
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, Field
 
@@ -47,11 +48,29 @@ class Watched(Sink, Protocol):
         ...
 
 
+@runtime_checkable
+class Batched(Sink, Protocol):
+    """A sink that takes several events at once."""
+
+    @property
+    def limit(self) -> int:
+        """How many at most."""
+        ...
+
+    async def send_many(self, events: Sequence[Event]) -> None:
+        """Deliver all of them, in order; on return they are delivered. As `send` otherwise."""
+        ...
+
+
 class SinkSettings(BaseModel, frozen=True, extra="forbid"):
     """Settings of one sink: what the configuration file holds under its name.
 
     A sink is one file with a subclass that narrows ``kind`` to a literal and implements `open`.
     """
+
+    durable: ClassVar[bool] = True
+    """Whether its finals wait in the outbox, if there is one, for a daemon that is started again.
+    False for a sink whose output belongs to one run."""
 
     kind: str
     types: tuple[EventType, ...] | None = Field(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from itertools import groupby
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import structlog
 from pydantic import Field
@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 class StdoutSettings(SinkSettings, frozen=True):
     """Lines on standard output."""
+
+    durable: ClassVar[bool] = False
 
     kind: Literal["stdout"] = "stdout"
     partials: bool = Field(

@@ -172,7 +172,7 @@ async def run(
         house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
         await house.find_survivors(stack)
         house.fanout = await stack.enter_async_context(
-            Fanout(config.sinks, config.fanout, fail_fast=fail_fast)
+            Fanout(config.sinks, config.fanout, fail_fast=fail_fast, trouble=house.trouble)
         )
         await house.serve(sources, blocks, listeners, reload)
     if house.failures:
@@ -225,6 +225,9 @@ class House:
     feed: Feed = field(default_factory=Feed)
     live: dict[str, Live] = field(default_factory=dict[str, Live])
     """Open sessions by id."""
+    _troubles: asyncio.Queue[tuple[str, str | None]] = field(
+        default_factory=asyncio.Queue[tuple[str, str | None]]
+    )
     survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
     """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
     failures: list[str] = field(default_factory=list[str])
@@ -268,6 +271,7 @@ class House:
                 group.create_task(self._close_unclaimed(), name="unclaimed"),
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
+                group.create_task(self._tell_of_trouble(), name="trouble"),
             ]
             if reload is not None:
                 beside.append(group.create_task(self._reload(reload), name="reload"))
@@ -283,6 +287,20 @@ class House:
     async def _tell_of_the_stop(self) -> None:
         await self.stop.wait()
         self.supervisor.stopping()
+
+    def trouble(self, sink: str, error: str | None) -> None:
+        """A sink begins to fail, or takes events again; for the fanout to call."""
+        # Bound: a sink has one kind of trouble at a time, and says it once.
+        self._troubles.put_nowait((sink, error))
+
+    async def _tell_of_trouble(self) -> None:
+        """Every open session says what is wrong with a sink: who reads another one learns of it."""
+        while True:
+            sink, error = await self._troubles.get()
+            for live in list(self.live.values()):
+                code = "sink.recovered" if error is None else "sink.failed"
+                message = f"{sink}: " + ("takes events again" if error is None else error)
+                await self._emit(live, partial(live.session.warned, code, message))
 
     async def _reload(self, read: Callable[[], Config]) -> None:
         """Whenever it is asked for: take over from the configuration what can change."""

@@ -19,16 +19,19 @@ import asyncio
 import random
 import traceback
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
 import structlog
 from pydantic import BaseModel, Field
 
-from sinks.events import Event
-from sinks.sink import Disconnected, Rejected, Sink, SinkError, SinkSettings, Watched
+from sinks.events import Event, dump, parse
+from sinks.sink import Batched, Disconnected, Rejected, Sink, SinkError, SinkSettings, Watched
+from stream.outbox import Outbox
 
 DRAIN_RETRY_S: Final = 0.25
 """Longest back-off at the end, when there is no time to be patient, in seconds."""
@@ -36,6 +39,7 @@ DRAIN_RETRY_S: Final = 0.25
 log = structlog.get_logger(__name__)
 
 Sleep = Callable[[float], Awaitable[None]]
+Trouble = Callable[[str, str | None], None]
 
 
 class FanoutSettings(BaseModel, frozen=True, extra="forbid"):
@@ -57,6 +61,11 @@ class FanoutSettings(BaseModel, frozen=True, extra="forbid"):
     )
     retry_first_s: float = Field(default=0.5, gt=0, description="Back-off after one failure.")
     retry_longest_s: float = Field(default=30.0, gt=0, description="Back-off after many.")
+    outbox: Path | None = Field(
+        default=None,
+        description="SQLite file that keeps finals until their sinks have them, also when the "
+        "daemon ends; null keeps them in memory.",
+    )
     reject_attempts: int = Field(
         default=3, ge=1, description="Times an event is offered that the receiver refuses."
     )
@@ -85,8 +94,7 @@ class Spool:
 
     Up to `queue` events nothing gives way. Beyond, the oldest partial does; a new partial is
     dropped if only finals wait. Finals are kept up to `spool` of them; then the oldest is dropped.
-    The event under way is never dropped. This is the seam for a spool that outlives the process:
-    `put`, `take` and `settle` are all a lane knows of it.
+    What is under way is never dropped.
     """
 
     def __init__(self, queue: int, spool: int) -> None:
@@ -95,17 +103,17 @@ class Spool:
         self._next = 0
         self._waiting: OrderedDict[int, Event] = OrderedDict()
         self._partials: OrderedDict[int, None] = OrderedDict()
-        self._under_way: Event | None = None
+        self._under_way: dict[int, Event] = {}
         self.dropped_partials = 0
         self.lost_finals = 0
 
     def __len__(self) -> int:
-        return len(self._waiting) + (self._under_way is not None)
+        return len(self._waiting) + len(self._under_way)
 
     @property
     def finals(self) -> int:
         """Finals that are not delivered yet."""
-        under_way = self._under_way is not None and self._under_way.is_final
+        under_way = sum(event.is_final for event in self._under_way.values())
         return len(self._waiting) - len(self._partials) + under_way
 
     @property
@@ -113,61 +121,168 @@ class Spool:
         """Whether another final costs the oldest."""
         return self.finals >= self._spool
 
+    @property
+    def depth(self) -> int:
+        """Everything that waits."""
+        return len(self)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether `refill` would bring more than there is."""
+        return False
+
+    async def refill(self) -> None:
+        """Bring in what waits elsewhere."""
+
     def put(self, event: Event) -> None:
         """Add an event at the end."""
         if event.is_final and self.full and self._drop_oldest_final():
             self.lost_finals += 1
-        if len(self) >= self._queue:
-            if self._partials:
-                oldest, _ = self._partials.popitem(last=False)
-                del self._waiting[oldest]
-                self.dropped_partials += 1
-            elif not event.is_final:
-                self.dropped_partials += 1
-                return
-        self._waiting[self._next] = event
-        if not event.is_final:
-            self._partials[self._next] = None
-        self._next += 1
+        if not self._make_room() and not event.is_final:
+            self.dropped_partials += 1
+            return
+        self._add(event)
 
-    def take(self) -> Event | None:
-        """The event to be sent: the same until it is settled; None if nothing waits."""
-        if self._under_way is None and self._waiting:
-            key, self._under_way = self._waiting.popitem(last=False)
-            self._partials.pop(key, None)
-        return self._under_way
+    def take(self, limit: int = 1) -> list[Event]:
+        """What is to be sent: the same until it is settled; nothing if nothing waits."""
+        if not self._under_way:
+            for _ in range(min(limit, len(self._waiting))):
+                key, event = self._waiting.popitem(last=False)
+                self._partials.pop(key, None)
+                self._under_way[key] = event
+        return list(self._under_way.values())
 
     def settle(self) -> None:
-        """The event under way is delivered or set aside: forget it."""
-        assert self._under_way is not None, "settled an event that was not taken"
-        self._under_way = None
+        """What is under way is delivered or set aside: forget it."""
+        assert self._under_way, "settled what was not taken"
+        self._under_way.clear()
 
     def drop(self) -> bool:
-        """Drop the event under way if it is a partial.
+        """Drop the partials under way.
 
         Returns:
-            Whether it was.
+            Whether nothing else was.
         """
-        if self._under_way is None or self._under_way.is_final:
-            return False
-        self.dropped_partials += 1
-        self._under_way = None
-        return True
+        partials = [key for key, event in self._under_way.items() if not event.is_final]
+        for key in partials:
+            del self._under_way[key]
+        self.dropped_partials += len(partials)
+        return not self._under_way
 
     def clear(self) -> None:
-        """Count what waits as lost, the event under way too."""
+        """Count what waits as lost, what is under way too."""
         self.lost_finals += self.finals
         self.dropped_partials += len(self) - self.finals
         self._waiting.clear()
         self._partials.clear()
-        self._under_way = None
+        self._under_way.clear()
+
+    def _make_room(self) -> bool:
+        """Drop the oldest partial if the queue is full → whether there is room now."""
+        if len(self) < self._queue:
+            return True
+        if not self._partials:
+            return False
+        oldest, _ = self._partials.popitem(last=False)
+        del self._waiting[oldest]
+        self.dropped_partials += 1
+        return True
+
+    def _add(self, event: Event) -> int:
+        key, self._next = self._next, self._next + 1
+        self._waiting[key] = event
+        if not event.is_final:
+            self._partials[key] = None
+        return key
 
     def _drop_oldest_final(self) -> bool:
         for key in self._waiting:
             if key not in self._partials:
                 del self._waiting[key]
+                self._dropped(key)
                 return True
         return False
+
+    def _dropped(self, key: int) -> None:
+        """A final was dropped over the cap."""
+
+
+class DurableSpool(Spool):
+    """The same with its finals in the outbox: they outlive the process.
+
+    In memory are the first `queue` finals only; the rest is read when those are delivered. While
+    there is such a rest, partials are out of date before they could be sent, and dropped.
+    """
+
+    def __init__(self, queue: int, spool: int, outbox: Outbox, sink: str) -> None:
+        super().__init__(queue, spool)
+        self._outbox, self._sink = outbox, sink
+        self._rows: dict[int, int] = {}  # key → row; of the finals in memory
+        self._read = 0  # the last row that is, or was, in memory
+
+    @property
+    def finals(self) -> int:
+        """Finals that are not delivered yet."""
+        return self._outbox.waiting[self._sink]
+
+    @property
+    def depth(self) -> int:
+        """Everything that waits."""
+        return self.finals + len(self._partials)
+
+    @property
+    def _elsewhere(self) -> int:
+        return self.finals - len(self._rows)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether `refill` would bring more than there is."""
+        return self._elsewhere > 0 and len(self._rows) <= self._queue // 2
+
+    async def refill(self) -> None:
+        """Bring in what waits on disk."""
+        for row in await self._outbox.read(self._sink, self._read, self._queue):
+            self._read = row.n
+            self._rows[self._add(parse(row.data))] = row.n
+
+    def put(self, event: Event) -> None:
+        """Add an event at the end."""
+        if not event.is_final:
+            if self._elsewhere:
+                self.dropped_partials += 1
+            else:
+                super().put(event)
+            return
+        if self.full:
+            if not self._drop_oldest_final():
+                self._outbox.drop_oldest(self._sink, self._read)
+            self.lost_finals += 1
+        # While the disk takes nothing, memory is all there is.
+        room = len(self._rows) < self._queue or self._outbox.failure is not None
+        straight = room and self._elsewhere == 0
+        n = self._outbox.append(self._sink, event.id, dump(event))
+        if straight:
+            self._make_room()
+            self._rows[self._add(event)] = n
+            self._read = n
+
+    def settle(self) -> None:
+        """What is under way is delivered or set aside: forget it."""
+        for key in self._under_way:
+            if key in self._rows:
+                self._outbox.settle(self._sink, self._rows.pop(key))
+        super().settle()
+
+    def clear(self) -> None:
+        """Leave finals to the next run."""
+        self.dropped_partials += len(self._partials)
+        self._waiting.clear()
+        self._partials.clear()
+        self._under_way.clear()
+        self._rows.clear()
+
+    def _dropped(self, key: int) -> None:
+        self._outbox.settle(self._sink, self._rows.pop(key))
 
 
 class Lane:
@@ -181,6 +296,8 @@ class Lane:
         *,
         rng: random.Random,
         sleep: Sleep,
+        outbox: Outbox | None = None,
+        trouble: Trouble | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.name = name
@@ -190,10 +307,16 @@ class Lane:
         self._settings = settings
         self._rng = rng
         self._sleep = sleep
-        self._spool = Spool(settings.queue, settings.spool)
+        self._spool = (
+            DurableSpool(settings.queue, settings.spool, outbox, name)
+            if outbox is not None and sink.durable
+            else Spool(settings.queue, settings.spool)
+        )
+        self._trouble = trouble
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._failures = 0
+        self._troubled = False
         self._statistics = Statistics()
         self._log = log.bind(sink=name)
 
@@ -202,15 +325,15 @@ class Lane:
         """What became of the events so far; a copy."""
         return replace(
             self._statistics,
-            queued=len(self._spool),
+            queued=self._spool.depth,
             dropped_partials=self._spool.dropped_partials,
             lost_finals=self._spool.lost_finals,
         )
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left that must be delivered."""
-        return self._spool.finals == 0
+        """Whether nothing is left that must be delivered now."""
+        return self._spool.finals == 0 or isinstance(self._spool, DurableSpool)
 
     def offer(self, event: Event) -> None:
         """Take an event in, if the sink wants it.
@@ -247,7 +370,7 @@ class Lane:
 
     async def run(self) -> None:
         """Open the sink and feed it, again and again, until closed."""
-        while not (self._closing.is_set() and len(self._spool) == 0):
+        while not (self._closing.is_set() and len(self._spool) == 0 and not self._spool.hungry):
             try:
                 async with self._sink.open() as sink:
                     self._opened(None)
@@ -277,15 +400,21 @@ class Lane:
         lost = asyncio.ensure_future(sink.lost()) if isinstance(sink, Watched) else None
         try:
             attempts = 0
+            limit = sink.limit if isinstance(sink, Batched) else 1
             while True:
-                event = self._spool.take()
-                if event is None:
+                if self._spool.hungry:
+                    await self._spool.refill()
+                events = self._spool.take(limit)
+                if not events:
                     if self._closing.is_set():
                         return
                     await self._next(lost)
                     continue
                 try:
-                    await sink.send(event)
+                    if isinstance(sink, Batched):
+                        await sink.send_many(events)
+                    else:
+                        await sink.send(events[0])
                 except (Disconnected, OSError):
                     self._spool.drop()
                     raise
@@ -296,13 +425,15 @@ class Lane:
                     if self._spool.drop():
                         attempts = 0
                     elif not endless and attempts >= self._settings.reject_attempts:
-                        self._set_aside(event)
+                        self._set_aside(events)
                         attempts = 0
+                        limit = 1  # of what was refused together, most may be welcome alone
                     await self._back_off()
                 else:
                     attempts = self._failures = 0
-                    self._statistics.sent += 1
+                    self._statistics.sent += len(events)
                     self._spool.settle()
+                    self._well()
         finally:
             if lost is not None:
                 lost.cancel()
@@ -323,15 +454,27 @@ class Lane:
         if lost is not None and lost.done():
             raise Disconnected("the connection was lost") from lost.exception()
 
-    def _set_aside(self, event: Event) -> None:
+    def _set_aside(self, events: Sequence[Event]) -> None:
         self._spool.settle()
-        self._statistics.rejected += 1
-        self._log.error(
-            "event set aside", id=event.id, type=event.type, error=self._statistics.last_error
-        )
+        for event in events:
+            if event.is_final:
+                self._statistics.rejected += 1
+                error = self._statistics.last_error
+                self._log.error("event set aside", id=event.id, type=event.type, error=error)
+
+    def _well(self) -> None:
+        """The sink takes events: say so if it was otherwise."""
+        if self._troubled:
+            self._troubled = False
+            if self._trouble is not None:
+                self._trouble(self.name, None)
 
     async def _failed(self, error: Exception) -> None:
         self._failures += 1
+        if not self._troubled:
+            self._troubled = True
+            if self._trouble is not None:
+                self._trouble(self.name, str(error) or type(error).__name__)
         self._statistics.retries += 1
         self._statistics.last_error = str(error) or type(error).__name__
         more: dict[str, str] = {}
@@ -382,6 +525,8 @@ class Fanout:
             and counted: for a daemon.
         rng: source of the back-off's jitter.
         sleep: waits for so many seconds; tests pass a clock of their own.
+        trouble: called with the name of a sink and the error when it begins to fail, and with None
+            when it takes events again.
     """
 
     def __init__(
@@ -392,7 +537,11 @@ class Fanout:
         fail_fast: bool = False,
         rng: random.Random | None = None,
         sleep: Sleep = asyncio.sleep,
+        trouble: Trouble | None = None,
     ) -> None:
+        self._trouble = trouble
+        self._stack = AsyncExitStack()
+        self._outbox: Outbox | None = None
         self._sinks = dict(sinks)
         self._settings = settings or FanoutSettings()
         self._fail_fast = fail_fast
@@ -407,10 +556,24 @@ class Fanout:
 
         Raises:
             SinkError: with `fail_fast`, the first sink that cannot be opened; none is left open.
+                The outbox cannot be used.
         """
+        if self._settings.outbox is not None:
+            durable = [name for name, sink in self._sinks.items() if sink.durable]
+            self._outbox = await self._stack.enter_async_context(
+                Outbox.open(self._settings.outbox, durable)
+            )
         await self._group.__aenter__()
         for name, sink in self._sinks.items():
-            lane = Lane(name, sink, self._settings, rng=self._rng, sleep=self._sleep)
+            lane = Lane(
+                name,
+                sink,
+                self._settings,
+                rng=self._rng,
+                sleep=self._sleep,
+                outbox=self._outbox,
+                trouble=self._trouble,
+            )
             self._lanes[name] = lane
             self._tasks[name] = self._group.create_task(lane.run(), name=f"sink:{name}")
         if self._fail_fast:
@@ -420,6 +583,7 @@ class Fanout:
                 for task in self._tasks.values():
                     task.cancel()
                 await self._group.__aexit__(None, None, None)
+                await self._stack.aclose()
                 raise
         return self
 
@@ -444,7 +608,10 @@ class Fanout:
             await self._drain()
         except asyncio.CancelledError as error:
             cancelled = error
-        await self._group.__aexit__(cancelled and type(cancelled), cancelled, None)
+        try:
+            await self._group.__aexit__(cancelled and type(cancelled), cancelled, None)
+        finally:
+            await self._stack.aclose()
         failures: list[str] = []
         for name, lane in self._lanes.items():
             missing = lane.abandon()

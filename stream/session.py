@@ -309,6 +309,12 @@ class Session:
             SessionClosed(**self.stamp(0, self.received), reason=reason, totals=totals),
         ]
 
+    def warned(self, code: str, message: str) -> list[Event]:
+        """A `warning` event: something around the session is not as it should be."""
+        return self._counted(
+            [Warning_(**self.stamp(self.received, self.received), code=code, message=message)]
+        )
+
     def failed(self, code: str, message: str) -> list[Event]:
         """An `error` event: the source broke, or the house did."""
         return [Error_(**self.stamp(self.received, self.received), code=code, message=message)]

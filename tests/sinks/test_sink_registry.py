@@ -36,12 +36,13 @@ def point(name: str, value: str) -> EntryPoint:
 def test_kind_chooses_the_settings() -> None:
     made = ADAPTER.validate_python({"log": {"kind": "jsonl", "path": "events.jsonl"}})
     assert isinstance(made["log"], JsonlSettings)
-    assert set(sinks.KINDS) == {"stdout", "jsonl", "rttm", "vtt", "srt", "mqtt"}
+    files, wires = {"stdout", "jsonl", "rttm", "seglst", "vtt", "srt"}, {"mqtt", "webhook", "nats"}
+    assert set(sinks.KINDS) == files | wires | {"kafka", "redis"}
 
 
 def test_an_unknown_kind_names_those_there_are(registered: list[EntryPoint]) -> None:
     registered.append(point("lamp", "LampSettings"))
-    with pytest.raises(ValidationError, match=r"among jsonl, lamp, mqtt, .* got 'mqqt'"):
+    with pytest.raises(ValidationError, match=r"among jsonl, kafka, lamp, mqtt, .* got 'mqqt'"):
         ADAPTER.validate_python({"a": {"kind": "mqqt"}})
     with pytest.raises(ValidationError, match="kind"):
         ADAPTER.validate_python({"a": {}})

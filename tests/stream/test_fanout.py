@@ -391,7 +391,7 @@ def test_spool_policy(steps: list[str], queue: int, cap: int) -> None:
             assert spool.finals <= max(cap, 1 + (cap == 1 and under_way is not None))
             assert len(spool) <= max(queue, spool.finals + 1, waiting)
         elif step == "take":
-            taken = spool.take()
+            (taken,) = spool.take() or [None]
             assert under_way is None or taken is under_way
             under_way = taken
         elif step == "settle" and under_way is not None:
@@ -403,9 +403,9 @@ def test_spool_policy(steps: list[str], queue: int, cap: int) -> None:
             if not under_way.is_final:
                 dropped_by_hand += 1
                 under_way = None
-    while (event := spool.take()) is not None:
+    while events := spool.take():
         spool.settle()
-        settled.append(event)
+        settled += events
     seqs = [event.seq for event in settled]
     assert seqs == sorted(set(seqs))
     finals_put = sum(event.is_final for event in put)

@@ -1,0 +1,129 @@
+"""Kafka: every event as a record of one topic, keyed by session, so that its order is kept.
+
+The producer is idempotent and waits for all replicas: a record that counts as sent is stored once.
+The driver, aiokafka, is imported when a sink is opened.
+"""
+
+import ssl
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, SecretStr
+
+from sinks.envelope import MEDIA, EnvelopeSettings
+from sinks.events import Event
+from sinks.sink import Disconnected, Rejected, SinkError
+
+if TYPE_CHECKING:
+    from aiokafka import AIOKafkaProducer
+
+
+class KafkaSettings(EnvelopeSettings, frozen=True):
+    """A cluster and a topic."""
+
+    kind: Literal["kafka"] = "kafka"
+    brokers: tuple[str, ...] = Field(
+        default=("localhost:9092",), min_length=1, description="host:port of some of its brokers."
+    )
+    topic: str = Field(default="livesat.events.v1", pattern=r"^[A-Za-z0-9._-]{1,249}$")
+    compression: Literal["gzip"] | None = None
+    tls: bool = False
+    username: str | None = Field(default=None, description="For SASL/PLAIN.")
+    password: SecretStr | None = None
+    timeout_s: float = Field(default=10.0, gt=0, description="How long the cluster may take.")
+    partials: bool = Field(
+        default=False, description="Also events that later ones may replace (is_final false)."
+    )
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator["KafkaSink"]:
+        """Connect.
+
+        Raises:
+            SinkError: the driver is not installed, or no broker is there.
+        """
+        try:
+            from aiokafka import AIOKafkaProducer
+            from aiokafka.errors import KafkaError
+        except ModuleNotFoundError as error:
+            raise SinkError(
+                f"the kafka sink needs {error.name}: pip install 'livesat[kafka]'"
+            ) from None
+        producer = AIOKafkaProducer(**self.options())
+        try:
+            await producer.start()
+        except (KafkaError, OSError) as error:
+            await producer.stop()
+            brokers = ", ".join(self.brokers)
+            raise Disconnected(f"kafka {brokers}: {str(error) or type(error).__name__}") from None
+        try:
+            yield KafkaSink(self, producer)
+        finally:
+            await producer.stop()
+
+    def options(self) -> dict[str, Any]:
+        """What the producer is made with."""
+        options: dict[str, Any] = {
+            "bootstrap_servers": list(self.brokers),
+            "client_id": "livesat",
+            "acks": "all",
+            "enable_idempotence": True,
+            "compression_type": self.compression,
+            "request_timeout_ms": int(self.timeout_s * 1000),
+        }
+        plain = self.username is None
+        options["security_protocol"] = {
+            (False, True): "PLAINTEXT",
+            (False, False): "SASL_PLAINTEXT",
+            (True, True): "SSL",
+            (True, False): "SASL_SSL",
+        }[self.tls, plain]
+        if self.tls:
+            options["ssl_context"] = ssl.create_default_context()
+        if not plain:
+            secret = self.password.get_secret_value() if self.password is not None else ""
+            options |= {
+                "sasl_mechanism": "PLAIN",
+                "sasl_plain_username": self.username,
+                "sasl_plain_password": secret,
+            }
+        return options
+
+
+class KafkaSink:
+    """A started producer."""
+
+    def __init__(self, settings: KafkaSettings, producer: "AIOKafkaProducer") -> None:
+        self._settings, self._producer = settings, producer
+
+    async def send(self, event: Event) -> None:
+        """Deliver one event; all replicas have it when this returns.
+
+        Raises:
+            Disconnected: the cluster cannot be reached, or did not answer in time.
+            Rejected: it refused the record.
+        """
+        from aiokafka.errors import KafkaError
+
+        settings = self._settings
+        headers = [
+            ("id", event.id.encode()),
+            ("type", event.type.encode()),
+            ("content-type", MEDIA[settings.envelope].encode()),
+        ]
+        try:
+            await self._producer.send_and_wait(
+                settings.topic,
+                settings.encode(event),
+                key=event.session_id.encode(),
+                timestamp_ms=int(event.wall_time.timestamp() * 1000),
+                headers=headers,
+            )
+        except KafkaError as error:
+            what = f"kafka: {str(error) or type(error).__name__}"
+            if getattr(error, "retriable", False):
+                raise Disconnected(what) from None
+            raise Rejected(what) from None
+        except OSError as error:
+            raise Disconnected(f"kafka: {error}") from None

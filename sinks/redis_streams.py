@@ -1,0 +1,112 @@
+"""Redis Streams: every event as an entry of its stream's key, trimmed to a length.
+
+Keys are ``<root>:v1:<stream>``; fields are ``id``, ``type``, ``session_id``, ``seq`` and ``event``,
+the JSON object. The driver, redis, is imported when a sink is opened.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, SecretStr
+
+from sinks.envelope import EnvelopeSettings
+from sinks.events import Event
+from sinks.sink import Disconnected, Rejected, SinkError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+
+class RedisSettings(EnvelopeSettings, frozen=True):
+    """A Redis server."""
+
+    kind: Literal["redis"] = "redis"
+    host: str = Field(default="localhost", min_length=1)
+    port: int = Field(default=6379, ge=1, le=65535)
+    database: int = Field(default=0, ge=0)
+    tls: bool = False
+    username: str | None = None
+    password: SecretStr | None = None
+    root: str = Field(default="livesat", min_length=1, description="First part of every key.")
+    length: int = Field(
+        default=100_000, ge=1, description="Entries a key keeps, about; the oldest go."
+    )
+    timeout_s: float = Field(default=5.0, gt=0, description="How long the server may take.")
+    partials: bool = Field(
+        default=False, description="Also events that later ones may replace (is_final false)."
+    )
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator["RedisSink"]:
+        """Connect.
+
+        Raises:
+            SinkError: the driver is not installed, or the server is not there or refuses us.
+        """
+        try:
+            from redis.asyncio import Redis
+            from redis.exceptions import RedisError
+        except ModuleNotFoundError as error:
+            raise SinkError(
+                f"the redis sink needs {error.name}: pip install 'livesat[redis]'"
+            ) from None
+        client = Redis(
+            host=self.host,
+            port=self.port,
+            db=self.database,
+            ssl=self.tls,
+            username=self.username,
+            password=None if self.password is None else self.password.get_secret_value(),
+            socket_timeout=self.timeout_s,
+            socket_connect_timeout=self.timeout_s,
+            client_name="livesat",
+        )
+        try:
+            try:
+                await client.ping()  # pyright: ignore[reportGeneralTypeIssues]
+            except (RedisError, OSError) as error:
+                what = str(error) or type(error).__name__
+                raise Disconnected(f"redis {self.host}:{self.port}: {what}") from None
+            yield RedisSink(self, client)
+        finally:
+            await client.aclose()
+
+
+class RedisSink:
+    """An open connection."""
+
+    def __init__(self, settings: RedisSettings, client: "Redis") -> None:
+        self._settings, self._client = settings, client
+
+    async def send(self, event: Event) -> None:
+        """Deliver one event.
+
+        Raises:
+            Disconnected: the connection is gone, or the server did not answer in time.
+            Rejected: the server refused the entry: out of memory, no right.
+        """
+        from redis.exceptions import ConnectionError as Gone
+        from redis.exceptions import RedisError, ResponseError
+        from redis.exceptions import TimeoutError as Late
+
+        settings = self._settings
+        try:
+            await self._client.xadd(
+                f"{settings.root}:v1:{event.stream_id}",
+                {
+                    "id": event.id,
+                    "type": event.type,
+                    "session_id": event.session_id,
+                    "seq": event.seq,
+                    "event": settings.encode(event),
+                },
+                maxlen=settings.length,
+                approximate=True,
+            )
+        except (Gone, Late, OSError) as error:
+            raise Disconnected(f"redis: {str(error) or type(error).__name__}") from None
+        except ResponseError as error:
+            raise Rejected(f"redis: {error}") from None
+        except RedisError as error:
+            raise Disconnected(f"redis: {error}") from None

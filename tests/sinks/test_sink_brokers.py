@@ -1,0 +1,259 @@
+"""NATS JetStream and Redis Streams against real servers; Kafka against a stand-in.
+
+There is no Kafka broker without a JVM among our development tools, so what is tested of that sink
+is everything on our side of its driver: how the producer is made, what a record holds, and what
+becomes of each of the driver's errors.
+"""
+
+import asyncio
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import aiokafka
+import nats
+import pytest
+from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, RequestTimedOutError
+from redis.asyncio import Redis
+
+from sinks import KafkaSettings, NatsSettings, RedisSettings
+from sinks.events import parse
+from sinks.sink import Disconnected, Rejected, SinkError
+from stream.fanout import Fanout, FanoutSettings
+from tests.sinks.samples import Talk
+
+FAST = FanoutSettings(retry_first_s=0.02, retry_longest_s=0.05)
+
+
+class Server:
+    """A server process on a free loopback port, to be killed and started again."""
+
+    def __init__(self, *command: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._command = [part.replace("PORT", str(self.port)) for part in command]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
+            time.sleep(0.02)
+        self.kill()
+        raise RuntimeError(f"{self._command[0]} did not start")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+
+@pytest.fixture
+def jetstream(tmp_path: Path) -> Iterator[Server]:
+    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+    server = Server(binary, "-js", "-sd", str(tmp_path), "-a", "127.0.0.1", "-p", "PORT").start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Server]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    server = Server(
+        *("redis-server", "--port", "PORT", "--bind", "127.0.0.1", "--dir", str(tmp_path)),
+        *("--appendonly", "yes", "--appendfsync", "always"),
+    ).start()
+    yield server
+    server.kill()
+
+
+async def stored(server: Server) -> list[Any]:
+    """Every message of our JetStream stream, in order."""
+    client = await nats.connect(f"nats://127.0.0.1:{server.port}")
+    try:
+        stream = client.jetstream()
+        last = (await stream.stream_info("LIVESAT")).state.last_seq
+        return [await stream.get_msg("LIVESAT", seq) for seq in range(1, last + 1)]
+    finally:
+        await client.close()
+
+
+def on(server: Server, **more: Any) -> NatsSettings:
+    return NatsSettings(servers=(f"nats://127.0.0.1:{server.port}",), node="box", **more)
+
+
+@pytest.mark.broker
+class TestNats:
+    async def test_finals_are_stored_in_order_and_once(self, jetstream: Server) -> None:
+        sent = list(Talk(stream_id="a.b").every_type())
+        async with Fanout({"nats": on(jetstream)}, FAST, fail_fast=True) as out:
+            for event in sent:
+                await out.publish(event)
+        async with on(jetstream).open() as sink:  # again: dropped by their ids
+            for event in sent:
+                await sink.send(event)
+        messages = await stored(jetstream)
+        finals = [event for event in sent if event.is_final]
+        assert [parse(message.data) for message in messages] == finals
+        subjects = [message.subject for message in messages]
+        wanted = [f"livesat.v1.box.a_b.event.{event.type.replace('.', '_')}" for event in finals]
+        assert subjects == wanted
+
+    async def test_a_killed_server_costs_nothing(self, jetstream: Server) -> None:
+        talk = Talk()
+        sent = [talk.warning() for _ in range(60)]
+        async with Fanout({"nats": on(jetstream, timeout_s=1)}, FAST) as out:
+            for number, event in enumerate(sent):
+                await out.publish(event)
+                if number in {15, 35}:
+                    await asyncio.to_thread(jetstream.kill)
+                    await asyncio.sleep(0.05)
+                    await asyncio.to_thread(jetstream.start)
+                await asyncio.sleep(0.002)
+            async with asyncio.timeout(30):
+                while out.statistics()["nats"].sent < len(sent):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        assert [parse(message.data) for message in await stored(jetstream)] == sent
+
+    async def test_a_stream_that_is_not_there_is_said(self, jetstream: Server) -> None:
+        with pytest.raises(SinkError, match="stream LIVESAT: "):
+            async with on(jetstream, create=False).open():
+                pass
+
+    async def test_a_server_that_is_not_there_is_said(self) -> None:
+        with pytest.raises(Disconnected, match=r"nats nats://127\.0\.0\.1:9: "):
+            async with NatsSettings(servers=("nats://u:hush@127.0.0.1:9",)).open():
+                pass
+
+
+@pytest.mark.broker
+class TestRedis:
+    async def test_entries_are_in_order_under_the_streams_key(self, redis: Server) -> None:
+        sent = list(Talk().every_type())
+        settings = RedisSettings(host="127.0.0.1", port=redis.port, partials=True)
+        async with Fanout({"redis": settings}, FAST, fail_fast=True) as out:
+            for event in sent:
+                await out.publish(event)
+        async with Redis(host="127.0.0.1", port=redis.port) as client:
+            entries = await client.xrange("livesat:v1:talk")
+        assert [parse(fields[b"event"]) for _, fields in entries] == sent
+        assert [fields[b"id"].decode() for _, fields in entries] == [event.id for event in sent]
+
+    async def test_a_killed_server_costs_nothing(self, redis: Server) -> None:
+        talk = Talk()
+        sent = [talk.warning() for _ in range(40)]
+        settings = RedisSettings(host="127.0.0.1", port=redis.port, timeout_s=1)
+        async with Fanout({"redis": settings}, FAST) as out:
+            for number, event in enumerate(sent):
+                await out.publish(event)
+                if number == 20:
+                    await asyncio.to_thread(redis.kill)
+                    await asyncio.to_thread(redis.start)
+                await asyncio.sleep(0.002)
+            async with asyncio.timeout(30):
+                while out.statistics()["redis"].sent < len(sent):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        async with Redis(host="127.0.0.1", port=redis.port) as client:
+            entries = await client.xrange("livesat:v1:talk")
+        seqs = [int(fields[b"seq"]) for _, fields in entries]
+        assert list(dict.fromkeys(seqs)) == [event.seq for event in sent]
+
+    async def test_a_server_that_is_full_refuses(self, redis: Server) -> None:
+        settings = RedisSettings(host="127.0.0.1", port=redis.port)
+        async with Redis(host="127.0.0.1", port=redis.port) as client:
+            await client.config_set("maxmemory", "1")
+        async with settings.open() as sink:
+            with pytest.raises(Rejected, match=r"redis: .*maxmemory"):
+                await sink.send(Talk().warning())
+
+
+class Producer:
+    """Stands in for aiokafka's: remembers, and raises by script."""
+
+    made: ClassVar["list[Producer]"] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.records: list[tuple[str, bytes, dict[str, Any]]] = []
+        self.errors: list[Exception] = []
+        self.stopped = False
+        Producer.made.append(self)
+
+    async def start(self) -> None:
+        if "nobody:1" in self.options["bootstrap_servers"]:
+            raise KafkaConnectionError("Unable to bootstrap")
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    async def send_and_wait(self, topic: str, value: bytes, **more: Any) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.records.append((topic, value, more))
+
+
+class TestKafka:
+    @pytest.fixture(autouse=True)
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        Producer.made = []
+        monkeypatch.setattr(aiokafka, "AIOKafkaProducer", Producer)
+
+    async def test_a_record_is_an_event_keyed_by_its_session(self) -> None:
+        sent = [event for event in Talk().every_type() if event.is_final]
+        async with Fanout({"kafka": KafkaSettings()}, FAST, fail_fast=True) as out:
+            for event in sent:
+                await out.publish(event)
+        (producer,) = Producer.made
+        assert producer.stopped
+        assert producer.options["enable_idempotence"]
+        assert producer.options["acks"] == "all"
+        assert [parse(value) for _, value, _ in producer.records] == sent
+        topic, _, more = producer.records[0]
+        assert topic == "livesat.events.v1"
+        assert more["key"] == b"s1"
+        assert dict(more["headers"])["id"] == sent[0].id.encode()
+
+    def test_credentials_choose_the_protocol(self) -> None:
+        secure = KafkaSettings.model_validate({"tls": True, "username": "u", "password": "hush"})
+        options = secure.options()
+        assert options["security_protocol"] == "SASL_SSL"
+        assert options["sasl_plain_password"] == "hush"
+        assert "hush" not in secure.model_dump_json()
+        assert KafkaSettings().options()["security_protocol"] == "PLAINTEXT"
+
+    @pytest.mark.parametrize(
+        ("error", "meaning"),
+        [
+            (RequestTimedOutError(), Disconnected),
+            (KafkaConnectionError("gone"), Disconnected),
+            (MessageSizeTooLargeError("big"), Rejected),
+            (OSError("gone"), Disconnected),
+        ],
+    )
+    async def test_what_an_error_means(self, error: Exception, meaning: type[SinkError]) -> None:
+        async with KafkaSettings(envelope="cloudevents").open() as sink:
+            (producer,) = Producer.made
+            producer.errors = [error]
+            with pytest.raises(meaning, match="kafka: ") as raised:
+                await sink.send(Talk().warning())
+            await sink.send(Talk().warning())
+        assert type(raised.value) is meaning
+        assert json.loads(producer.records[0][1])["specversion"] == "1.0"
+
+    async def test_no_broker_is_said(self) -> None:
+        with pytest.raises(Disconnected, match=r"kafka nobody:1: .*Unable to bootstrap"):
+            async with KafkaSettings(brokers=("nobody:1",)).open():
+                pass

@@ -1,0 +1,250 @@
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from sinks import SinkError
+from sinks.events import parse
+from sinks.sink import Disconnected
+from stream.fanout import Fanout, FanoutSettings
+from stream.outbox import Outbox
+from tests.sinks.samples import Talk
+from tests.stream.house import until
+from tests.stream.test_fanout import recorder
+
+FAST = {"retry_first_s": 0.01, "retry_longest_s": 0.02, "drain_s": 0.2}
+
+
+def durable(path, **more):
+    return FanoutSettings(outbox=path, **FAST, **more)
+
+
+class TestFile:
+    async def test_rows_come_back_in_order_until_they_are_settled(self, tmp_path):
+        path = tmp_path / "new" / "outbox.db"
+        async with Outbox.open(path, ["a", "b"]) as outbox:
+            rows = [outbox.append("a", f"s:{i}", b"%d" % i) for i in range(5)]
+            outbox.append("b", "s:0", b"other")
+            outbox.settle("a", rows[0])
+            assert [row.data for row in await outbox.read("a", rows[1], 2)] == [b"2", b"3"]
+        async with Outbox.open(path, ["a", "b"]) as outbox:
+            assert outbox.waiting == {"a": 4, "b": 1}
+            assert [row.data for row in await outbox.read("a", 0, 9)] == [b"1", b"2", b"3", b"4"]
+            assert outbox.append("a", "s:9", b"9") > rows[-1]
+
+    async def test_what_waits_for_a_sink_that_is_gone_is_dropped(self, tmp_path):
+        path = tmp_path / "outbox.db"
+        async with Outbox.open(path, ["a", "b"]) as outbox:
+            outbox.append("a", "s:0", b"0")
+            outbox.append("b", "s:0", b"0")
+        async with Outbox.open(path, ["b"]) as outbox:
+            assert outbox.waiting == {"b": 1}
+
+    @pytest.mark.parametrize("content", [b"no database" * 100, None])
+    async def test_another_file_is_refused(self, tmp_path, content):
+        path = tmp_path / "outbox.db"
+        if content is None:
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute("PRAGMA user_version = 7")
+        else:
+            path.write_bytes(content)
+        with pytest.raises(SinkError, match=r"fanout\.outbox: .*expected an outbox"):
+            async with Fanout({}, durable(path)):
+                pass
+
+
+class TestDelivery:
+    async def test_an_outage_across_restarts_loses_nothing(self, tmp_path):
+        talk, path = Talk(), tmp_path / "outbox.db"
+        sent = [talk.warning() for _ in range(50)]
+        for part in (sent[:20], sent[20:40]):  # two runs in which nobody is there
+            down = recorder()
+            down._open_errors.extend([Disconnected("down")] * 1000)
+            async with Fanout({"a": down}, durable(path, queue=4)) as out:
+                for event in part:
+                    await out.publish(event)
+        up = recorder()
+        async with Fanout({"a": up}, durable(path, queue=4)) as out:
+            for event in sent[40:]:
+                await out.publish(event)
+            await until(lambda: len(up._got) == len(sent))
+            assert out.statistics()["a"].queued == 0
+        assert up._got == sent
+        again = recorder()
+        async with Fanout({"a": again}, durable(path)) as out:
+            await out.publish(talk.warning("more"))
+            await until(lambda: again._got != [])
+        assert [event.seq for event in again._got] == [50]
+
+    async def test_memory_holds_a_window_however_long_the_outage(self, tmp_path):
+        talk, down = Talk(), recorder()
+        down._open_errors.extend([Disconnected("down")] * 10_000)
+        async with Fanout({"a": down}, durable(tmp_path / "o.db", queue=8)) as out:
+            sent = [talk.warning() for _ in range(500)]
+            for event in sent:
+                await out.publish(event)
+                await out.publish(talk.heard("…"))
+            lane = out._lanes["a"]
+            assert len(lane._spool._waiting) <= 8
+            statistics = out.statistics()["a"]
+            assert statistics.queued >= len(sent)
+            assert statistics.dropped_partials >= 490
+            down._open_errors.clear()
+            await until(lambda: sum(event.is_final for event in down._got) == len(sent))
+        finals = [event for event in down._got if event.is_final]
+        assert finals == sent
+
+    async def test_beyond_the_cap_the_oldest_goes_and_is_counted(self, tmp_path):
+        talk, down = Talk(), recorder()
+        down._open_errors.extend([Disconnected("down")] * 10_000)
+        async with Fanout({"a": down}, durable(tmp_path / "o.db", queue=4, spool=10)) as out:
+            for _ in range(15):
+                await out.publish(talk.warning())
+            assert out.statistics()["a"].lost_finals == 5
+            down._open_errors.clear()
+            await until(lambda: len(down._got) == 10)
+        # The first four were in memory, from where the oldest is dropped.
+        assert [event.seq for event in down._got] == sorted(event.seq for event in down._got)
+
+    async def test_a_sink_of_one_run_is_not_kept(self, tmp_path):
+        from sinks import RttmSettings
+
+        path, talk = tmp_path / "o.db", Talk()
+        sinks = {"r": RttmSettings(path=tmp_path / "a.rttm")}
+        async with Fanout(sinks, durable(path), fail_fast=True) as out:
+            await out.publish(talk.turn("T1", "S1", 0.0, 1.0))
+        async with Outbox.open(path, ["r"]) as outbox:
+            assert outbox.waiting == {}
+
+    async def test_trouble_is_told_once_and_so_is_its_end(self, tmp_path):
+        told, talk, sink = [], Talk(), recorder()
+        sink._send_errors.extend([SinkError("full")] * 3)
+        async with Fanout(
+            {"a": sink},
+            durable(tmp_path / "o.db"),
+            trouble=lambda name, error: told.append((name, error)),
+        ) as out:
+            await out.publish(talk.warning())
+            await until(lambda: len(told) == 2)
+        assert told == [("a", "full"), ("a", None)]
+
+
+WRITER = """
+import asyncio, sys
+import structlog
+from sinks import JsonlSettings
+from stream.fanout import Fanout, FanoutSettings
+from tests.sinks.samples import Talk
+
+async def main(folder, session):
+    sinks = {"log": JsonlSettings(path=folder + "/events.jsonl")}
+    talk = Talk(session)
+    async with Fanout(sinks, FanoutSettings(outbox=folder + "/outbox.db")) as out:
+        while True:
+            await out.publish(talk.warning("x" * 50))
+            print(talk.seq - 1, flush=True)
+            await asyncio.sleep(0.001)
+
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+asyncio.run(main(sys.argv[1], sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_daemon_loses_nothing_it_committed_and_tears_no_line(tmp_path):
+    """Reliability bar, row 3."""
+    for number in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), f"s{number}"],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert process.stdout is not None
+        for _ in range(100 + 37 * number):
+            last = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+        with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as database:
+            waiting = {row[0] for row in database.execute("SELECT id FROM waiting")}
+        lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
+        written = {parse(line).id for line in lines}  # every line is whole
+        # What was published and is nowhere had not been committed: the last milliseconds.
+        published = {f"s{number}:{seq}" for seq in range(last + 1)}
+        missing = sorted(int(each.partition(":")[2]) for each in published - written - waiting)
+        assert len(missing) <= 100, f"{len(missing)} of {last} are nowhere"
+        assert missing == list(range(last + 1 - len(missing), last + 1))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+class TestFullDisk:
+    """Reliability bar, row 14: a disk of one mebibyte in a namespace of its own."""
+
+    SCRIPT = """
+import asyncio, os, sys
+from sinks import JsonlSettings
+from sinks.events import parse
+from stream.fanout import Fanout, FanoutSettings
+from tests.sinks.samples import Talk
+
+async def main(small, large):
+    told = []
+    sinks = {
+        "small": JsonlSettings(path=small + "/events.jsonl"),
+        "large": JsonlSettings(path=large + "/events.jsonl"),
+    }
+    settings = FanoutSettings(outbox=small + "/outbox.db", retry_first_s=0.05, retry_longest_s=0.1)
+    talk = Talk()
+    ballast = small + "/ballast"
+    open(ballast, "wb").write(bytes(850_000))
+    trouble = lambda name, error: told.append((name, error))
+    async with Fanout(sinks, settings, trouble=trouble) as out:
+        for _ in range(200):
+            await out.publish(talk.warning("x" * 300))
+        while out._outbox.failure is None:
+            await asyncio.sleep(0.01)
+        while out.statistics()["large"].sent < 200:
+            await asyncio.sleep(0.01)
+        while not told:
+            await asyncio.sleep(0.01)
+        assert out.statistics()["small"].sent < 200
+        os.truncate(ballast, 0)
+        while out.statistics()["small"].sent < 200:
+            await asyncio.sleep(0.01)
+        while out._outbox.failure is not None:
+            await asyncio.sleep(0.01)
+    assert told[0][0] == "small" and "No space left" in told[0][1], told
+    lines = open(small + "/events.jsonl", "rb").read().splitlines(keepends=True)
+    assert [parse(line).seq for line in lines] == list(range(len(lines)))
+    assert all(line.endswith(b"\\n") for line in lines)
+    print(len(lines), told)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+    def test_other_sinks_go_on_and_no_record_is_torn(self, tmp_path):
+        if shutil.which("unshare") is None:
+            pytest.skip("unshare is not installed")
+        small, large = tmp_path / "small", tmp_path / "large"
+        small.mkdir()
+        large.mkdir()
+        script = tmp_path / "script.py"
+        script.write_text(self.SCRIPT)
+        mount = f"mount -t tmpfs -o size=1m tmpfs {small}"
+        run = f"{sys.executable} {script} {small} {large}"
+        result = subprocess.run(
+            ["unshare", "-m", "sh", "-c", f"{mount} && exec {run}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        if "unshare" in result.stderr or "mount" in result.stderr:
+            pytest.skip(result.stderr.strip())
+        assert result.returncode == 0, result.stderr
+        assert "small" in result.stdout
