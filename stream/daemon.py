@@ -31,6 +31,7 @@ from stream.feed import Feed
 from stream.metrics import Histogram
 from stream.server import Status
 from stream.session import Health, Session, Stamp
+from stream.sources.apart import Apart, Multichannel
 from stream.sources.line import Line
 from stream.sources.source import Block, Listener, Resumed, Source, SourceError
 from stream.supervisor import Supervisor
@@ -149,7 +150,12 @@ async def run(
         listeners: dict[str, Listener] = {
             n: s for n, s in config.sources.items() if isinstance(s, Listener)
         }
-        sources = {n: s for n, s in config.sources.items() if not isinstance(s, Listener)}
+        sources: dict[str, Source] = {}
+        for name, source in config.sources.items():
+            if isinstance(source, Multichannel) and source.apart is not None:
+                listeners[name] = Apart(source, source.apart)
+            elif not isinstance(source, Listener):
+                sources[name] = source
         if config.server is not None:
             listeners[SERVER] = config.server
         blocks = {

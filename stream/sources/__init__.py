@@ -8,12 +8,21 @@ from typing import Annotated
 from pydantic import Field
 
 from stream.sources.file import FileSource
+from stream.sources.media import MediaSource
 from stream.sources.microphone import MicrophoneSource
+from stream.sources.rtp import RtpSource
 from stream.sources.stdin import StdinSource
 from stream.sources.tcp import TcpSource
+from stream.sources.wyoming_server import WyomingSource
 
 AnySource = Annotated[
-    FileSource | StdinSource | MicrophoneSource | TcpSource,
+    FileSource
+    | StdinSource
+    | MicrophoneSource
+    | TcpSource
+    | MediaSource
+    | RtpSource
+    | WyomingSource,
     Field(discriminator="kind"),
 ]
 """Every source, told apart by ``kind``."""

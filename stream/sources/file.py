@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
-from stream.sources.source import Block, SourceError
+from stream.sources.source import Block, Source, SourceError
 
 SHORTEST: Final = 400
 """Samples at 16 kHz of one encoder frame: less audio than this has no frame at all."""
@@ -27,6 +27,12 @@ class FileSource(BaseModel):
 
     kind: Literal["file"] = "file"
     path: Path = Field(description="WAV, FLAC, OGG, MP3, … whatever libsndfile reads.")
+    channel: int | None = Field(
+        default=None, ge=0, description="The channel that is heard, from 0; null is their mean."
+    )
+    apart: int | None = Field(
+        default=None, ge=1, le=64, description="That many channels become streams of their own."
+    )
     realtime: bool = Field(
         default=False, description="Pace it like a live source; otherwise as fast as it goes."
     )
@@ -44,6 +50,14 @@ class FileSource(BaseModel):
         """See `Source.live`."""
         return False
 
+    def channels(self) -> list[Source]:
+        """One source a channel."""
+        assert self.apart is not None
+        return [
+            self.model_copy(update={"apart": None, "channel": channel})
+            for channel in range(self.apart)
+        ]
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
         """Open the file → its blocks.
@@ -52,7 +66,7 @@ class FileSource(BaseModel):
             SourceError: missing, not audio, or shorter than one encoder frame. Iterating raises it
                 where the file turns out to be damaged.
         """
-        reader = _Reader(self.path)
+        reader = _Reader(self.path, self.channel)
         await asyncio.to_thread(reader.open)
         try:
             async with aclosing(self._blocks(reader)) as blocks:
@@ -80,8 +94,8 @@ class FileSource(BaseModel):
 class _Reader:
     """The file and its resampler; every method is for a worker thread."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, channel: int | None = None) -> None:
+        self._path, self._channel = path, channel
         # A cancelled read goes on in its thread: closing must wait for it.
         self._lock = threading.Lock()
         self._file: Any = None
@@ -110,6 +124,12 @@ class _Reader:
                 f"{path}: {file.channels} channel(s) of {file.frames} sample(s) at "
                 f"{file.samplerate} Hz; expected at least one channel and 25 ms of audio"
             )
+        if self._channel is not None and self._channel >= file.channels:
+            file.close()
+            raise SourceError(
+                f"{path}: channel {self._channel}: the file has {file.channels}; "
+                f"expected 0 to {file.channels - 1}"
+            )
         self._file = file
         self._resampler = Resampler(file.samplerate)
 
@@ -127,7 +147,10 @@ class _Reader:
                 raise SourceError(
                     f"{self._path}: damaged after {at:.2f} s ({_reason(error)})"
                 ) from error
-            mono = block[:, 0].copy() if block.shape[1] == 1 else block.mean(axis=1)
+            if self._channel is not None or block.shape[1] == 1:
+                mono = block[:, self._channel or 0].copy()
+            else:
+                mono = block.mean(axis=1)
             samples = self._resampler.step(mono)
             last = len(block) < n
             if last:

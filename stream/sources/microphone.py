@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.ring import Ring
+from stream.sources.drift import Drift
 from stream.sources.source import Block, SourceError
 
 
@@ -71,6 +72,16 @@ class MicrophoneSource(BaseModel):
     kind: Literal["microphone"] = "microphone"
     device: int | str | None = Field(
         default=None, description="Index, or part of the name; null is the system's default."
+    )
+    channel: int | None = Field(
+        default=None,
+        ge=0,
+        le=63,
+        description="The channel that is heard, from 0; null is what the device gives as mono. For "
+        "channels as streams apart, name the device once a channel.",
+    )
+    correct_drift: bool = Field(
+        default=True, description="Keep the session's clock to ours where the device's is off."
     )
     block_ms: int = Field(default=20, ge=5, le=500, description="Audio a callback.")
     buffer_ms: int = Field(
@@ -129,6 +140,7 @@ class MicrophoneSource(BaseModel):
     async def _hear(self, line: "_Line", read: int) -> AsyncGenerator[Block]:
         """One opening of the device → blocks from sample ``read`` on, until it ends or hangs."""
         resampler = Resampler(line.rate)
+        drift = Drift(line.rate) if self.correct_drift else None
         continuity = Continuity(line.rate)
         quiet_s = 0.0
         seen = line.pulse
@@ -153,10 +165,16 @@ class MicrophoneSource(BaseModel):
                 missing = span.start - read
                 read = span.start + len(span.samples)
                 captured = seen[1] - (seen[0] - read) / line.rate
-                samples = resampler.step(span.samples.astype(np.float32) / np.float32(32768))
+                heard = span.samples.astype(np.float32) / np.float32(32768)
+                if drift is not None:
+                    drift.lost(missing)
+                    heard = drift.step(heard, captured)
+                samples = resampler.step(heard)
                 reason = "overflow" if missing else None
                 yield Block(samples, captured, _at_16k(missing, line.rate), reason)
             if lost:
+                if drift is not None:
+                    drift.lost(lost)
                 yield Block(np.zeros(0, np.float32), now, _at_16k(lost, line.rate), "overflow")
             if ended or hung:
                 tail = resampler.flush()
@@ -237,6 +255,13 @@ class _Line:
 
     def __init__(self, sd: Any, settings: MicrophoneSource) -> None:
         index = _find(sd, settings.device)
+        self._channel = settings.channel
+        there = int(sd.query_devices(index)["max_input_channels"])
+        if settings.channel is not None and settings.channel >= there:
+            raise SourceError(
+                f"microphone {settings.device}: channel {settings.channel}: "
+                f"the device has {there}; expected 0 to {there - 1}"
+            )
         self.rate = _rate(sd, index)
         self.ring = Ring(self.rate * settings.buffer_ms // 1000, np.int16)
         self.pulse = (0, monotonic())
@@ -246,7 +271,7 @@ class _Line:
             self._stream = sd.RawInputStream(
                 device=index,
                 samplerate=self.rate,
-                channels=1,
+                channels=1 if settings.channel is None else settings.channel + 1,
                 dtype="int16",
                 blocksize=self.rate * settings.block_ms // 1000,
                 callback=self._callback,
@@ -266,6 +291,8 @@ class _Line:
     def _callback(self, data: Any, frames: int, time: Any, status: Any) -> None:
         """PortAudio's thread: copy, count, return."""
         samples: NDArray[np.int16] = np.frombuffer(data, np.int16)
+        if self._channel is not None:
+            samples = samples[self._channel :: self._channel + 1]
         self.ring.write(samples)
         self.pulse = (self.pulse[0] + len(samples), monotonic())
 

@@ -33,6 +33,9 @@ class TcpSource(BaseModel):
     format: PcmFormat = "s16le"
     rate: int = Field(default=SAMPLE_RATE, ge=1000, le=768_000, description="Samples a second.")
     channels: int = Field(default=1, ge=1, le=64, description="Interleaved; they are averaged.")
+    channel: int | None = Field(
+        default=None, ge=0, le=63, description="The channel that is heard; null is their mean."
+    )
     streams: int = Field(default=4, ge=1, le=1024, description="Connections at a time.")
     idle_s: float = Field(default=60, gt=0, description="A connection silent for this is closed.")
     buffer_ms: int = Field(default=2000, ge=20, description="Audio that may wait for the engine.")
@@ -97,7 +100,7 @@ class _Calls:
 
     async def _receive(self, reader: asyncio.StreamReader, line: Line) -> None:
         settings = self._settings
-        decoder = PcmDecoder(settings.format, settings.channels)
+        decoder = PcmDecoder(settings.format, settings.channels, settings.channel)
         resampler = Resampler(settings.rate)
         try:
             while True:

@@ -1,0 +1,57 @@
+"""One source whose channels are streams apart, each with a session and speakers of its own."""
+
+import asyncio
+from typing import Protocol, runtime_checkable
+
+from stream.engine import EngineFull
+from stream.sources.source import Intake, Source, SourceError
+
+
+@runtime_checkable
+class Multichannel(Protocol):
+    """Settings that can open every channel for itself."""
+
+    @property
+    def apart(self) -> int | None:
+        """How many channels become streams; None mixes them into one."""
+        ...
+
+    def channels(self) -> "list[Source]":
+        """One source a channel."""
+        ...
+
+
+class Apart:
+    """A listener whose callers are the channels of one source; it ends when they have.
+
+    Args:
+        source: The source.
+        count: Its channels.
+    """
+
+    def __init__(self, source: Multichannel, count: int) -> None:
+        self._source, self._count = source, count
+
+    @property
+    def streams(self) -> int:
+        """See `Listener.streams`."""
+        return self._count
+
+    async def serve(self, name: str, intake: Intake) -> None:
+        """Run the sessions ``<name>-1``, ``<name>-2``, …
+
+        Raises:
+            SourceError: a channel cannot be opened, or failed.
+        """
+        async with asyncio.TaskGroup() as group:
+            for index, source in enumerate(self._source.channels()):
+                group.create_task(
+                    self._run(f"{name}-{index + 1}", source, intake), name=f"channel:{index}"
+                )
+
+    @staticmethod
+    async def _run(name: str, source: Source, intake: Intake) -> None:
+        try:
+            await intake.stream(name, source)
+        except EngineFull as error:
+            raise SourceError(f"{name}: {error}") from error

@@ -1,0 +1,392 @@
+"""RTP on a UDP port: L16, G.711 μ-law and A-law, Opus, behind a bounded jitter buffer.
+
+The timeline is the sender's own: sample i of the stream is RTP timestamp t0 + i. What has not come
+when its time is up is lost, exactly as long as it was, and said so; what comes later still is
+dropped. Source: RFC 3550, RFC 3551 (payload types), RFC 7587 (Opus).
+"""
+
+import asyncio
+import struct
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final, Literal
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from stream.clock import SAMPLE_RATE
+from stream.resample import Resampler
+from stream.sources.line import Line
+from stream.sources.pcm import PcmDecoder
+from stream.sources.source import Block, SourceError
+
+log = structlog.get_logger(__name__)
+
+Payload = Literal["l16", "mulaw", "alaw", "opus"]
+
+_HEADER: Final = struct.Struct("!BBHII")
+_JUMP_S: Final = 30.0
+"""A timestamp this far from the expected one is a sender that began anew, not a loss."""
+
+_SILENT_S: Final = 2.0
+"""After this long without a packet another sender may take the port."""
+
+
+class RtpSource(BaseModel):
+    """A UDP port that takes one sender's RTP, without authentication: loopback unless told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["rtp"] = "rtp"
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(ge=0, le=65535)
+    payload: Payload = Field(default="l16", description="How the audio is encoded.")
+    rate: int | None = Field(
+        default=None,
+        ge=8000,
+        le=192_000,
+        description="RTP clock; null is 8000 for G.711, 48000 for Opus, 44100 for L16.",
+    )
+    channels: int = Field(default=1, ge=1, le=8, description="Of L16; they are averaged.")
+    jitter_ms: int = Field(
+        default=100, ge=0, le=5000, description="How long a packet that is missing is waited for."
+    )
+    hang_ms: int = Field(
+        default=1000, ge=100, description="Silence that counts as an interruption."
+    )
+    buffer_ms: int = Field(
+        default=10_000, ge=500, description="Audio that may wait for the engine."
+    )
+
+    @property
+    def name(self) -> str:
+        """For `session.opened`."""
+        return f"rtp:{self.host}:{self.port}"
+
+    @property
+    def live(self) -> bool:
+        """See `Source.live`."""
+        return True
+
+    @property
+    def clock(self) -> int:
+        """Timestamps a second."""
+        usual = {"l16": 44_100, "mulaw": 8000, "alaw": 8000, "opus": 48_000}
+        return self.rate or usual[self.payload]
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
+        """Listen → blocks, until closed.
+
+        Raises:
+            SourceError: the port is taken, or Opus is asked for and PyAV is not installed.
+        """
+        line = Line(self.name, self.buffer_ms)
+        port = _Port(self, line, await asyncio.to_thread(decoder, self))
+        loop = asyncio.get_running_loop()
+        try:
+            transport, _ = await loop.create_datagram_endpoint(
+                lambda: port, local_addr=(self.host, self.port)
+            )
+        except OSError as error:
+            raise SourceError(
+                f"rtp {self.host}:{self.port}: cannot listen ({error.strerror or error})"
+            ) from error
+        address = transport.get_extra_info("sockname")
+        log.info("listening", kind="rtp", host=address[0], port=address[1])
+        clock = asyncio.create_task(port.run(), name=f"rtp:{self.port}")
+        try:
+            async with line.open() as blocks:
+                yield blocks
+        finally:
+            clock.cancel()
+            with suppress(asyncio.CancelledError):
+                await clock
+            transport.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """An RTP packet.
+
+    Attributes:
+        ssrc: Who sends.
+        seq: 16 bits.
+        timestamp: 32 bits, of its first sample.
+        payload: The audio.
+    """
+
+    ssrc: int
+    seq: int
+    timestamp: int
+    payload: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Packet | None":
+        """A datagram → the packet, or None if it is no RTP of version 2."""
+        if len(data) < _HEADER.size:
+            return None
+        first, second, seq, timestamp, ssrc = _HEADER.unpack_from(data)
+        if first >> 6 != 2 or 72 <= second & 0x7F <= 76:  # RTCP on the same port
+            return None
+        start = _HEADER.size + 4 * (first & 15)
+        if first & 16:
+            if len(data) < start + 4:
+                return None
+            start += 4 + 4 * int.from_bytes(data[start + 2 : start + 4], "big")
+        end = len(data)
+        if first & 32:
+            end -= data[-1]
+        if end < start:
+            return None
+        return cls(ssrc, seq, timestamp, data[start:end])
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Audio in order."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """So many timestamps will not come."""
+
+    timestamps: int
+
+
+@dataclass(slots=True)
+class Jitter:
+    """Packets in any order → the timeline they tell; sans-I/O.
+
+    A packet whose turn it is leaves at once. One that has to wait for another does so for
+    ``depth_s``; then what is before it is lost. The buffer holds ``room`` packets: when it is full
+    the oldest leaves as if its time were up.
+
+    Attributes:
+        rate: Timestamps a second.
+        depth_s: How long a missing packet is waited for.
+        room: Packets that may wait.
+        counts: late, duplicate, foreign, restart: packets that were not heard, and why.
+    """
+
+    rate: int
+    depth_s: float
+    room: int = 512
+    counts: Counter[str] = field(default_factory=Counter[str])
+    _ssrc: int | None = None
+    _next: int | None = None  # unwrapped timestamp that comes next
+    _last: float = 0.0  # when the last packet of ours came
+    _waiting: dict[int, tuple[float, Packet]] = field(
+        default_factory=dict[int, tuple[float, Packet]]
+    )
+    _lengths: dict[int, int] = field(default_factory=dict[int, int])
+
+    def push(self, packet: Packet, length: int, now: float) -> list[Heard | Lost]:
+        """A packet of ``length`` timestamps arrives → what is certain by now."""
+        if self._ssrc is not None and packet.ssrc != self._ssrc:
+            if now - self._last < _SILENT_S:
+                self.counts["foreign"] += 1
+                return []
+            return [*self._begin(now), *self.push(packet, length, now)]
+        self._ssrc = packet.ssrc
+        if self._next is None:
+            self._next = packet.timestamp
+        at = self._unwrapped(packet.timestamp)
+        if abs(at - self._next) > _JUMP_S * self.rate:
+            self.counts["restart"] += 1
+            return [*self._begin(now), *self.push(packet, length, now)]
+        self._last = now
+        if at in self._waiting:
+            self.counts["duplicate"] += 1
+            return []
+        if at < self._next:
+            self.counts["late"] += 1
+            return []
+        self._waiting[at] = now, packet
+        self._lengths[at] = length
+        return self.due(now)
+
+    def due(self, now: float) -> list[Heard | Lost]:
+        """What is certain at this time."""
+        told: list[Heard | Lost] = []
+        while self._waiting and self._next is not None:
+            at = min(self._waiting)
+            came, packet = self._waiting[at]
+            if at > self._next:
+                if now - came < self.depth_s and len(self._waiting) < self.room:
+                    break
+                told.append(Lost(at - self._next))
+            del self._waiting[at]
+            told.append(Heard(packet.payload))
+            self._next = at + self._lengths.pop(at)
+        return told
+
+    def flush(self) -> list[Heard | Lost]:
+        """Everything that waits, with what is missing between."""
+        return self.due(float("inf"))
+
+    def _begin(self, now: float) -> list[Heard | Lost]:
+        """Another timeline begins: what waits leaves, the silence between is lost by the clock."""
+        told = self.flush()
+        gone = max(now - self._last, 0.0)
+        self._ssrc, self._next = None, None
+        lost = round(gone * self.rate)
+        self._last = now
+        return [*told, Lost(lost)] if lost else told
+
+    def _unwrapped(self, timestamp: int) -> int:
+        assert self._next is not None
+        difference = (timestamp - self._next) & 0xFFFFFFFF
+        if difference >= 1 << 31:
+            difference -= 1 << 32
+        return self._next + difference
+
+
+class Decoder:
+    """Payloads of one kind → samples at the RTP clock's rate, float32 mono."""
+
+    def length(self, payload: bytes) -> int:
+        """Timestamps of a payload."""
+        raise NotImplementedError
+
+    def decode(self, payload: bytes) -> NDArray[np.float32]:
+        """→ [n]"""
+        raise NotImplementedError
+
+
+class _Linear(Decoder):
+    def __init__(self, channels: int) -> None:
+        self._pcm = PcmDecoder("s16le", channels)
+        self._width = 2 * channels
+
+    def length(self, payload: bytes) -> int:
+        return len(payload) // self._width
+
+    def decode(self, payload: bytes) -> NDArray[np.float32]:
+        whole = payload[: len(payload) // self._width * self._width]
+        return self._pcm.step(np.frombuffer(whole, ">i2").astype("<i2").tobytes())
+
+
+class _Companded(Decoder):
+    def __init__(self, table: NDArray[np.float32]) -> None:
+        self._table = table
+
+    def length(self, payload: bytes) -> int:
+        return len(payload)
+
+    def decode(self, payload: bytes) -> NDArray[np.float32]:
+        return self._table[np.frombuffer(payload, np.uint8)]
+
+
+class _Opus(Decoder):
+    def __init__(self) -> None:
+        import av
+
+        self._codec: Any = av.CodecContext.create("opus", "r")
+        self._codec.sample_rate = 48_000
+        self._av = av
+
+    def length(self, payload: bytes) -> int:
+        """By the table of contents: RFC 6716, section 3.1."""
+        if not payload:
+            return 0
+        config, code = payload[0] >> 3, payload[0] & 3
+        if config < 12:
+            frame = (480, 960, 1920, 2880)[config & 3]
+        elif config < 16:
+            frame = (480, 960)[config & 1]
+        else:
+            frame = (120, 240, 480, 960)[config & 3]
+        count = (1, 2, 2, payload[1] & 63 if len(payload) > 1 else 0)[code]
+        return frame * count
+
+    def decode(self, payload: bytes) -> NDArray[np.float32]:
+        frames: list[Any] = self._codec.decode(self._av.Packet(payload))
+        parts = [np.asarray(frame.to_ndarray(), np.float32) for frame in frames]
+        mono = [part.mean(axis=0) if part.ndim == 2 else part for part in parts]
+        made = np.concatenate(mono) if mono else np.zeros(0, np.float32)
+        wanted = self.length(payload)  # the decoder may hold back or pad: time stays true
+        return np.pad(made, (0, max(wanted - len(made), 0)))[:wanted].astype(np.float32)
+
+
+def decoder(settings: RtpSource) -> Decoder:
+    """The decoder of a port's payload; blocks.
+
+    Raises:
+        SourceError: Opus, and PyAV is not installed.
+    """
+    if settings.payload == "opus":
+        try:
+            return _Opus()
+        except ImportError as error:
+            raise SourceError("Opus needs PyAV: pip install 'livesat[av]'") from error
+    if settings.payload == "l16":
+        return _Linear(settings.channels)
+    codes = bytes(range(256))
+    if settings.payload == "mulaw":
+        return _Companded(PcmDecoder("mulaw").step(codes))
+    return _Companded(_alaw_table())
+
+
+def _alaw_table() -> NDArray[np.float32]:
+    """The 256 values of G.711 A-law, full scale ±1 (ITU-T G.711, table 1)."""
+    code = np.arange(256, dtype=np.uint8) ^ 0x55
+    exponent, mantissa = ((code >> 4) & 7).astype(np.int32), (code & 15).astype(np.int32)
+    magnitude = np.where(
+        exponent == 0, (mantissa << 4) + 8, ((mantissa << 4) + 0x108) << np.maximum(exponent - 1, 0)
+    )
+    return (np.where(code & 0x80, magnitude, -magnitude) / 32768).astype(np.float32)
+
+
+class _Port(asyncio.DatagramProtocol):
+    """The socket's end: packets in, a line fed."""
+
+    def __init__(self, settings: RtpSource, line: Line, decoder: Decoder) -> None:
+        self._settings, self._line, self._decoder = settings, line, decoder
+        self._jitter = Jitter(settings.clock, settings.jitter_ms / 1000)
+        self._resampler = Resampler(settings.clock)
+        self._heard = monotonic()
+        self._quiet = True
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        packet = Packet.parse(data)
+        if packet is None or not packet.payload:
+            return
+        self._heard = monotonic()
+        self._quiet = False
+        length = self._decoder.length(packet.payload)
+        if length:
+            self._tell(self._jitter.push(packet, length, self._heard))
+
+    async def run(self) -> None:
+        """The clock: time is up for what is missing, or the sender has gone."""
+        settings = self._settings
+        period = max(settings.jitter_ms / 4000, 0.01)
+        while True:
+            await asyncio.sleep(period)
+            now = monotonic()
+            self._tell(self._jitter.due(now))
+            if not self._quiet and (now - self._heard) * 1000 >= settings.hang_ms:
+                self._quiet = True
+                self._tell(self._jitter.flush())
+                self._bring_out()
+                self._line.pause("network")
+
+    def _bring_out(self) -> None:
+        self._line.feed(self._resampler.flush())
+        self._resampler = Resampler(self._settings.clock)
+
+    def _tell(self, told: list[Heard | Lost]) -> None:
+        for each in told:
+            if isinstance(each, Heard):
+                self._line.feed(self._resampler.step(self._decoder.decode(each.payload)))
+                continue
+            self._bring_out()  # what the resampler holds back is before the loss
+            self._line.lose(round(each.timestamps * SAMPLE_RATE / self._settings.clock), "network")

@@ -1,0 +1,398 @@
+"""Sources that bring audio over the network, each with a real sender."""
+
+import asyncio
+import shutil
+import socket
+import struct
+import subprocess
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream.clock import SAMPLE_RATE
+from stream.config import ConfigError
+from stream.daemon import run
+from stream.sources.media import MediaSource
+from stream.sources.rtp import Heard, Jitter, Lost, Packet, RtpSource, decoder
+from stream.sources.source import SourceError
+from tests.stream.conftest import speechlike
+from tests.stream.house import finals, free_port, pcm
+from tests.stream.test_daemon import collected, config
+
+QUIET = {"session": {"heartbeat_s": 0}}
+
+ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+class Sender:
+    """An ffmpeg that sends, at the speed of the audio."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+        self.start()
+
+    def start(self):
+        command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-re", *self.arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+@pytest.fixture(scope="module")
+def tone(tmp_path_factory):
+    """Twenty seconds of noise that comes and goes."""
+    path = tmp_path_factory.mktemp("tone") / "tone.wav"
+    soundfile.write(path, speechlike(20 * SAMPLE_RATE, seed=2), SAMPLE_RATE, subtype="PCM_16")
+    return str(path)
+
+
+async def heard(source, seconds, within_s=40):
+    """The first seconds of a source → samples, samples lost."""
+    samples, lost = [], 0
+    async with asyncio.timeout(within_s), source.open() as blocks:
+        async for block in blocks:
+            samples.append(block.samples)
+            lost += block.lost
+            if sum(map(len, samples)) >= seconds * SAMPLE_RATE:
+                break
+    return np.concatenate(samples), lost
+
+
+def level(samples):
+    return float(np.sqrt(np.mean(samples**2)))
+
+
+@ffmpeg
+class TestMedia:
+    async def test_a_file_says_what_libsndfile_says(self, checkpoint, tone):
+        given = {"kind": "av", "url": tone}
+        by_ffmpeg, _ = await collected(config(checkpoint, {"a": given}, **QUIET))
+        filed = {"kind": "file", "path": tone}
+        by_libsndfile, _ = await collected(config(checkpoint, {"a": filed}, **QUIET))
+        assert finals([e.model_dump(mode="json") for e in by_ffmpeg]) == finals(
+            [e.model_dump(mode="json") for e in by_libsndfile]
+        )
+
+    async def test_http(self, tone):
+        port = free_port()
+        url = f"http://127.0.0.1:{port}/a.ogg"
+        source = MediaSource(url=url, retry_first_s=0.05, retry_longest_s=0.1)
+        with Sender("-i", tone, "-c:a", "libopus", "-f", "ogg", "-listen", "1", url):
+            samples, _ = await heard(source, 2)
+        assert level(samples) > 0.05
+
+    async def test_mpeg_ts_over_udp(self, tone):
+        url = f"udp://127.0.0.1:{free_port()}"
+        with Sender("-i", tone, "-c:a", "aac", "-f", "mpegts", f"{url}?pkt_size=1316"):
+            samples, _ = await heard(MediaSource(url=url, retry_first_s=0.05), 2)
+        assert level(samples) > 0.05
+
+    async def test_a_sender_that_comes_back_is_a_gap_of_the_length_it_was_away(self, tone):
+        port = free_port()
+        source = MediaSource(
+            url=f"tcp://127.0.0.1:{port}?listen=1",
+            options={"format": "wav"},
+            retry_first_s=0.05,
+            retry_longest_s=0.1,
+        )
+        url = f"tcp://127.0.0.1:{port}"
+        loop, told = asyncio.get_running_loop(), []
+        async with asyncio.timeout(60), source.open() as blocks:
+            with Sender("-i", tone, "-f", "wav", url) as sender:
+                while sender.process.poll() is not None:
+                    await asyncio.sleep(0.05)
+                    sender.start()
+                got, broke, back = 0, None, None
+                starting = None
+                async for block in blocks:
+                    told.append(block)
+                    got += len(block.samples)
+                    if broke is None and got > SAMPLE_RATE:
+                        await asyncio.to_thread(sender.kill)
+                        broke = loop.time()
+                        starting = asyncio.create_task(self.again(sender))
+                    if broke is not None and block.lost:
+                        back = loop.time()
+                        break
+                assert starting is not None
+                await starting
+        assert back is not None
+        (gap,) = [block for block in told if block.lost]
+        assert gap.reason == "network"
+        assert gap.lost / SAMPLE_RATE == pytest.approx(back - broke, abs=1.5)
+
+    @staticmethod
+    async def again(sender):
+        await asyncio.sleep(0.5)
+        while True:
+            await asyncio.to_thread(sender.start)
+            await asyncio.sleep(0.3)
+            if sender.process.poll() is None:
+                return
+
+    async def test_channels_apart_are_streams_apart(self, checkpoint, tmp_path):
+        path = tmp_path / "two.wav"
+        left, right = speechlike(32_000, seed=1), speechlike(32_000, seed=2)
+        await asyncio.to_thread(
+            soundfile.write, path, np.stack([left, right], 1), SAMPLE_RATE, subtype="FLOAT"
+        )
+        both = {
+            "f": {"kind": "file", "path": path, "apart": 2},
+            "m": {"kind": "av", "url": str(path), "apart": 2},
+            "left": {"kind": "file", "path": path, "channel": 0},
+            "right": {"kind": "av", "url": str(path), "channel": 1},
+        }
+        events, _ = await collected(config(checkpoint, both, **QUIET))
+        of = {}
+        for event in events:
+            of.setdefault(event.stream_id, []).append(event.model_dump(mode="json"))
+        assert set(of) == {"f-1", "f-2", "m-1", "m-2", "left", "right"}
+        said = {name: finals(each) for name, each in of.items()}
+        assert said["f-1"] == said["m-1"] == said["left"]
+        assert said["f-2"] == said["m-2"] == said["right"]
+        assert said["f-1"] != said["f-2"]
+
+    async def test_what_is_no_audio_is_said(self, tmp_path, checkpoint):
+        text = tmp_path / "a.txt"
+        text.write_text("no audio")
+        for url in (str(text), str(tmp_path / "missing.wav")):
+            with pytest.raises(SourceError, match=r"av:.*: "):
+                async with MediaSource(url=url).open():
+                    pass
+        with pytest.raises(ConfigError, match="got 'gopher'"):
+            config(checkpoint, {"a": {"kind": "av", "url": "gopher://x"}})
+        mono = {"a": {"kind": "file", "path": "stream/demo/meeting.flac", "channel": 1}}
+        with pytest.raises(SourceError, match="channel 1: the file has 1; expected 0 to 0"):
+            await run(config(checkpoint, mono))
+
+    def test_a_password_in_the_url_is_not_told(self):
+        assert MediaSource(url="rtsp://u:hush@cam/x?t=hush").name == "av:rtsp://cam/x"
+
+
+def packet(number, payload, *, ssrc=7, first=1000, seq=65_530, length=160):
+    timestamp = (first + number * length) & 0xFFFFFFFF
+    return struct.pack("!BBHII", 0x80, 0, (seq + number) & 0xFFFF, timestamp, ssrc) + payload
+
+
+class TestJitter:
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.2]), st.integers(0, 2**32 - 1))
+    def test_the_timeline_is_the_senders_whatever_the_network_does(self, seed, loss, first):
+        """Reliability bar, row 7: 5 % loss (and bursts of 20 %), 40 ± 20 ms: no sample's error."""
+        rng = np.random.default_rng(seed)
+        jitter = Jitter(8000, depth_s=0.1)
+        arrivals = []
+        for number in range(300):
+            lose = rng.random() < (loss if number // 50 % 2 else 0.05)
+            if lose and 0 < number < 299:
+                continue
+            data = packet(number, number.to_bytes(4, "big") * 40, first=first)
+            times = number * 0.02 + 0.04 + rng.uniform(-0.02, 0.02, 1 + (rng.random() < 0.05))
+            arrivals += [(float(at), data) for at in times]
+        arrivals.sort(key=lambda each: each[0])
+        at, played, told = 0, set(), []
+        for now, data in arrivals:
+            parsed = Packet.parse(data)
+            told += jitter.push(parsed, 160, now)
+        told += jitter.flush()
+        first_heard = None
+        for each in told:
+            if isinstance(each, Lost):
+                at += each.timestamps
+                continue
+            number = int.from_bytes(each.payload[:4], "big")
+            if first_heard is None:
+                first_heard, at = number, number * 160
+            assert at == number * 160
+            played.add(number)
+            at += 160
+        assert at == 300 * 160
+        sent = {int.from_bytes(data[12:16], "big") for _, data in arrivals}
+        assert played == {number for number in sent if number >= first_heard}
+
+    def test_a_packet_in_turn_leaves_at_once_and_a_gap_after_its_time(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        push = lambda n, now: jitter.push(Packet.parse(packet(n, b"%d" % n * 160)), 160, now)  # noqa: E731
+        assert push(0, 0.0) == [Heard(b"0" * 160)]
+        assert push(2, 0.04) == []
+        assert jitter.due(0.1) == []
+        assert jitter.due(0.15) == [Lost(160), Heard(b"2" * 160)]
+        assert push(1, 0.16) == []  # too late
+        assert push(2, 0.17) == []
+        assert jitter.counts == {"late": 2}
+
+    def test_another_sender_has_to_wait_until_the_first_is_silent(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        jitter.push(Packet.parse(packet(0, b"a" * 160)), 160, 0.0)
+        other = Packet.parse(packet(5, b"b" * 160, ssrc=8))
+        assert jitter.push(other, 160, 1.0) == []
+        assert jitter.push(other, 160, 2.5) == [Lost(20_000), Heard(b"b" * 160)]
+        assert jitter.counts == {"foreign": 1}
+
+    @given(st.binary(max_size=64))
+    def test_any_datagram_is_parsed_or_refused(self, data):
+        parsed = Packet.parse(data)
+        assert parsed is None or len(parsed.payload) <= len(data)
+
+
+class TestRtp:
+    async def test_loss_is_marked_and_nothing_shifts(self):
+        port = free_port()
+        source = RtpSource(port=port, payload="mulaw", jitter_ms=40, hang_ms=200)
+        codes = np.random.default_rng(0).integers(0, 256, (100, 160), np.uint8)
+        decoded = decoder(source)
+        samples, lost = [], []
+        async with source.open() as blocks:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for number in range(100):
+                    if number not in {30, 31, 60}:
+                        sender.sendto(packet(number, codes[number].tobytes()), ("127.0.0.1", port))
+                    await asyncio.sleep(0.001)
+            async with asyncio.timeout(20):
+                total = 0
+                async for block in blocks:
+                    if block.lost:
+                        lost.append((total, block.lost))
+                    samples.append(block.samples)
+                    total += block.lost + len(block.samples)
+                    if total >= 100 * 320:
+                        break
+        assert lost == [(30 * 320, 640), (60 * 320, 320)]
+        assert total == 100 * 320
+        assert level(np.concatenate(samples)) == pytest.approx(
+            level(decoded.decode(codes.tobytes())), rel=0.05
+        )
+
+    @ffmpeg
+    @pytest.mark.parametrize(
+        ("payload", "codec", "options"),
+        [
+            ("l16", "pcm_s16be", ["-ar", "44100"]),
+            ("alaw", "pcm_alaw", ["-ar", "8000"]),
+            ("opus", "libopus", ["-ar", "48000"]),
+        ],
+    )
+    async def test_what_ffmpeg_sends(self, tone, payload, codec, options):
+        port = free_port()
+        source = RtpSource(port=port, payload=payload)
+        send = ["-i", tone, "-ac", "1", *options, "-c:a", codec, "-f", "rtp"]
+        async with asyncio.timeout(30), source.open() as blocks:
+            with Sender(*send, f"rtp://127.0.0.1:{port}"):
+                samples, total = [], 0
+                async for block in blocks:
+                    samples.append(block.samples)
+                    total += len(block.samples)
+                    if total > 2 * SAMPLE_RATE:
+                        break
+        given, _ = await asyncio.to_thread(soundfile.read, tone, dtype="float32")
+        got = np.concatenate(samples)[: 2 * SAMPLE_RATE]
+        wanted = given[: len(got)]
+        spectrum = np.fft.rfft(got, 65_536) * np.conj(np.fft.rfft(wanted, 65_536))
+        shift = np.fft.irfft(spectrum)
+        assert np.abs(shift).max() > 0.5 * np.linalg.norm(got) * np.linalg.norm(wanted)
+
+    async def test_a_port_that_is_taken_is_said(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+            taken.bind(("127.0.0.1", 0))
+            source = RtpSource(port=taken.getsockname()[1], payload="mulaw")
+            with pytest.raises(SourceError, match="cannot listen"):
+                async with source.open():
+                    pass
+
+
+class TestWyoming:
+    @pytest.fixture(autouse=True)
+    def quiet(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # audioop
+            import wyoming.audio  # noqa: F401
+
+    async def test_the_packages_own_client_is_at_home(self, checkpoint):
+        from wyoming.asr import Transcribe, Transcript
+        from wyoming.audio import AudioChunk, AudioStart, AudioStop
+        from wyoming.client import AsyncTcpClient
+        from wyoming.info import Describe, Info
+
+        port, stop, events = free_port(), asyncio.Event(), []
+        served = config(checkpoint, {"ha": {"kind": "wyoming", "port": port}}, **QUIET)
+        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
+        client = AsyncTcpClient("127.0.0.1", port)
+        while True:
+            try:
+                await client.connect()
+                break
+            except OSError:
+                assert not running.done()
+                await asyncio.sleep(0.02)
+        await client.write_event(Describe().event())
+        info = Info.from_event(await client.read_event())
+        assert info.asr[0].supports_transcript_streaming
+        for _ in range(2):  # utterance after utterance over one connection
+            begun = len(events)
+            await client.write_event(Transcribe(language="en").event())
+            await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+            data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
+            for at in range(0, len(data), 2048):
+                chunk = AudioChunk(rate=16_000, width=2, channels=1, audio=data[at : at + 2048])
+                await client.write_event(chunk.event())
+            await client.write_event(AudioStop().event())
+            types, text = [], ""
+            while True:
+                event = await client.read_event()
+                types.append(event.type)
+                if event.type == "transcript-chunk":
+                    text += event.data["text"]
+                if event.type == "transcript":
+                    break
+            finals_ = [e for e in events[begun:] if e.type == "transcript.final" and e.words]
+            transcript = Transcript.from_event(event)
+            words = [word for each in finals_ for word in each.words]
+            assert transcript.text == " ".join(word.word for word in words)
+            assert text.split() == transcript.text.split()
+            assert types[0] == "transcript-start"
+            assert types[-2] == "transcript-stop"
+            speakers = transcript.context["speakers"]
+            assert " ".join(each["text"] for each in speakers) == transcript.text
+            assert {each["label"] for each in speakers} == {word.speaker for word in words}
+        await client.disconnect()
+        stop.set()
+        await running
+
+    async def test_nonsense_is_hung_up_on(self, checkpoint):
+        port, stop, events = free_port(), asyncio.Event(), []
+        served = config(
+            checkpoint, {"ha": {"kind": "wyoming", "port": port, "idle_s": 0.3}}, **QUIET
+        )
+        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
+        for message in (
+            b"no json\n",
+            b'{"type": "audio-start", "data": {"rate": 1}}\n',
+            b'{"type": "audio-chunk", "payload_length": 999999999}\n',
+            b"",
+        ):
+            while True:
+                try:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    break
+                except OSError:
+                    assert not running.done()
+                    await asyncio.sleep(0.02)
+            writer.write(message)
+            async with asyncio.timeout(10):
+                assert await reader.read() == b""
+            writer.close()
+        stop.set()
+        await running
+        assert events == []
