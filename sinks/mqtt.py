@@ -9,6 +9,9 @@ topic                                           QoS  retained  payload
 ``<root>/v1/<node>/status``                     1    yes       ``online`` or ``offline``
 ==============================================  ===  ========  ====================================
 
+With ``home_assistant``, a sensor of every stream is announced under Home Assistant's discovery
+prefix, retained: its state is who speaks.
+
 Events and states carry the user properties ``session_id``, ``seq`` and ``type``. ``offline`` is
 also the last will. A stream's name is percent-encoded where MQTT would take a character of it for
 structure. The driver, aiomqtt, is imported when a sink is opened.
@@ -16,6 +19,7 @@ structure. The driver, aiomqtt, is imported when a sink is opened.
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import socket
@@ -50,6 +54,13 @@ ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
 PORT: Final = 1883
 TLS_PORT: Final = 8883
+
+_WHO: Final = (
+    "{% set who = namespace(names=[]) %}{% for s in value_json.speaking %}"
+    "{% set who.names = who.names + [s.identity or s.label] %}{% endfor %}"
+    "{{ who.names | join(', ') or 'nobody' }}"
+)
+"""Home Assistant's template (Jinja): names of those who speak."""
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +130,12 @@ class MqttSettings(SinkSettings, frozen=True):
         default=15, ge=1, le=65535, description="1.5 times this silence, and we count as dead."
     )
     timeout_s: float = Field(default=5.0, gt=0, description="How long the broker may take.")
+    home_assistant: bool = Field(
+        default=False, description="Announce a sensor of every stream by its MQTT discovery."
+    )
+    discovery: str = Field(
+        default="homeassistant", min_length=1, description="Home Assistant's discovery prefix."
+    )
 
     @field_validator("root", "node")
     @classmethod
@@ -204,7 +221,8 @@ class MqttSettings(SinkSettings, frozen=True):
             timeout_s=self.timeout_s,
         )
         async with connection:
-            sink = MqttSink(self.base, connection)
+            prefix = self.discovery if self.home_assistant else None
+            sink = MqttSink(self.base, connection, prefix)
             await sink.say(ONLINE)
             try:
                 yield sink
@@ -254,9 +272,11 @@ class _Stream:
 class MqttSink:
     """An open connection: publishes one event at a time."""
 
-    def __init__(self, base: str, connection: "Connection") -> None:
+    def __init__(self, base: str, connection: "Connection", discovery: str | None = None) -> None:
         self._base = base
         self._connection = connection
+        self._discovery = discovery
+        self._announced: set[str] = set()
         self._streams: dict[str, _Stream] = {}
         self._denied: set[str] = set()
 
@@ -271,6 +291,8 @@ class MqttSink:
             Rejected: the broker refused the event.
         """
         stream = f"{self._base}/{level(event.stream_id)}"
+        if self._discovery is not None and event.stream_id not in self._announced:
+            await self._announce(self._discovery, stream, event)
         await self._tell_state(f"{stream}/state", event)
         kind, qos = ("event", 1) if event.is_final else ("partial", 0)
         await self._publish(f"{stream}/{kind}/{event.type}", dump(event), event, qos=qos)
@@ -289,6 +311,30 @@ class MqttSink:
     async def lost(self) -> None:
         """Return once the connection is lost."""
         await self._connection.gone()
+
+    async def _announce(self, prefix: str, stream: str, event: Event) -> None:
+        """A sensor for Home Assistant. Source: its MQTT discovery, component sensor."""
+        unique = re.sub(r"[^A-Za-z0-9_-]", "_", f"livesat_{stream.removeprefix(self._base)}")
+        node = re.sub(r"[^A-Za-z0-9_-]", "_", self._base)
+        sensor = {
+            "name": f"{event.stream_id} speaking",
+            "unique_id": f"{node}{unique}",
+            "state_topic": f"{stream}/state",
+            "value_template": _WHO,
+            "json_attributes_topic": f"{stream}/state",
+            "availability_topic": f"{self._base}/status",
+            "payload_available": ONLINE.decode(),
+            "payload_not_available": OFFLINE.decode(),
+            "icon": "mdi:account-voice",
+            "device": {
+                "identifiers": [node],
+                "name": self._base.rpartition("/")[2],
+                "manufacturer": "livesat",
+            },
+        }
+        topic = f"{prefix}/sensor/{node}/{unique}/config"
+        await self._publish(topic, json.dumps(sensor).encode(), event, qos=1, retain=True)
+        self._announced.add(event.stream_id)
 
     async def _tell_state(self, topic: str, event: Event) -> None:
         stream = self._streams.get(event.stream_id)

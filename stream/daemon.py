@@ -231,6 +231,8 @@ class House:
     feed: Feed = field(default_factory=Feed)
     live: dict[str, Live] = field(default_factory=dict[str, Live])
     """Open sessions by id."""
+    _failing: dict[str, str] = field(default_factory=dict[str, str])
+    """Sinks that fail, and why."""
     _troubles: asyncio.Queue[tuple[str, str | None]] = field(
         default_factory=asyncio.Queue[tuple[str, str | None]]
     )
@@ -298,6 +300,10 @@ class House:
         """A sink begins to fail, or takes events again; for the fanout to call."""
         # Bound: a sink has one kind of trouble at a time, and says it once.
         self._troubles.put_nowait((sink, error))
+        if error is None:
+            self._failing.pop(sink, None)
+        else:
+            self._failing[sink] = error
 
     async def _tell_of_trouble(self) -> None:
         """Every open session says what is wrong with a sink: who reads another one learns of it."""
@@ -527,6 +533,8 @@ class House:
         if resume is None:
             log.info("session opened", stream=name, session=session.id, source=source.name)
             await self._emit(live, session.opened)
+            for sink, error in self._failing.items():
+                await self._emit(live, partial(session.warned, "sink.failed", f"{sink}: {error}"))
         self.live[session.id] = live
         try:
             return await self._heard_out(live, blocks)

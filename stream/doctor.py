@@ -40,13 +40,13 @@ class Finding:
 
 async def examine(config: Config) -> AsyncGenerator[Finding]:
     """All findings, as they are made."""
-    yield _versions()
-    yield _gpu(config)
+    yield await asyncio.to_thread(_versions)
+    yield await asyncio.to_thread(_gpu, config)
     async for finding in _engine(config):
         yield finding
     yield await asyncio.to_thread(_microphones, config)
     for name, package, extra, use in _OPTIONAL:
-        yield _extra(name, package, extra, use)
+        yield await asyncio.to_thread(_extra, name, package, extra, use)
     if config.server is not None:
         yield await asyncio.to_thread(_port, "server", config.server.host, config.server.port)
     for name, source in config.sources.items():

@@ -13,6 +13,7 @@ from typing import Any
 import aiomqtt
 import pytest
 from aiomqtt import ProtocolVersion
+from jinja2 import Template
 from pydantic import SecretStr, ValidationError
 
 from sinks.events import parse
@@ -372,3 +373,20 @@ def test_a_stream_cannot_choose_its_topic() -> None:
     assert level("Küche 2") == "Küche 2"
     assert level("a/b+c#d%") == "a%2Fb%2Bc%23d%25"
     assert level("") == "%00"
+
+
+async def test_home_assistant_finds_a_sensor_of_every_stream(broker: Broker) -> None:
+    talk = Talk()
+    async with subscriber(broker, "homeassistant/#") as client:
+        async with settings(broker, home_assistant=True).open() as sink:
+            for event in (talk.opened(), talk.began("T1", "S1", 1.0, "Anna")):
+                await sink.send(event)
+        (message,) = await receive(client, 1)
+    sensor = json.loads(bytes(message.payload))
+    assert str(message.topic).startswith("homeassistant/sensor/")
+    assert sensor["state_topic"] == "livesat/v1/box/talk/state"
+    assert sensor["availability_topic"] == "livesat/v1/box/status"
+    names = Template(sensor["value_template"]).render(
+        value_json={"speaking": [{"identity": "Anna", "label": "S1"}, {"label": "S2"}]}
+    )
+    assert names == "Anna, S2"

@@ -55,7 +55,7 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         (
             SOURCES + "engin: {}\n",
             "FILE: engin: unknown key (did you mean 'engine'?), expected one of engine, fanout, "
-            "log, session, sinks, sources, tracks, voiceprints",
+            "log, server, session, sinks, sources, tracks, voiceprints",
         ),
         (
             SOURCES + "engine: {chunk: 500}\n",
@@ -80,7 +80,10 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
             SOURCES + "engine: {device: tpu}\n",
             "FILE: engine.device: expected auto, cpu, cuda or cuda:N, got 'tpu'",
         ),
-        ("engine: {}\n", "FILE: sources: missing; expected Streams by name"),
+        (
+            "engine: {}\n",
+            "FILE: all of it: got {'engine': {}}, expected sources, a server, or both: there is nothing",
+        ),
         (
             "sources: {a: {kind: fiel, path: x}}\n",
             "FILE: sources.a.kind: got 'fiel' (did you mean 'file'?), expected one of file, stdin, "
@@ -115,10 +118,10 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         ),
         (
             SOURCES + "sinks: {m: {kind: mqqt}}\n",
-            "FILE: sinks.m: expected a kind of sink among jsonl, mqtt, rttm, srt, stdout, vtt, got "
+            "FILE: sinks.m: expected a kind of sink among jsonl, kafka, mqtt, nats, redis, rttm, seglst, srt, stdout, vtt, webhook, got "
             "'mqqt'",
         ),
-        ("", "FILE: expected keys engine, sources, sinks, tracks, session, fanout, "),
+        ("", "FILE: expected keys engine, sources, server, sinks, tracks, session, fanout, "),
         ("- a\n", "got list"),
         ("a: [\n", "FILE:2:1: not valid YAML: while parsing a flow node expected the node content"),
         (

@@ -1,0 +1,152 @@
+"""The commands an operator types."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT
+
+
+def livesat(*arguments, cwd=ROOT, **keys):
+    return subprocess.run(
+        [sys.executable, "-m", "stream", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **keys,
+    )
+
+
+def test_the_tour_is_good_and_shown_with_its_defaults():
+    assert livesat("config", "check").stdout.startswith("config.yaml: good: 1 source(s)")
+    shown = livesat("config", "show").stdout
+    assert "lookahead_ms: 240" in shown
+    schema = json.loads(livesat("config", "schema").stdout)
+    assert {"engine", "sources", "sinks", "server"} <= set(schema["properties"])
+
+
+def test_a_wrong_configuration_is_a_line_and_an_exit_code(tmp_path):
+    (tmp_path / "a.yaml").write_text("server: {host: 0.0.0.0}\n")
+    result = livesat("config", "check", "a.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "expected a token where others can connect" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_secrets_are_not_shown(tmp_path):
+    hush = "hush-hush-hush-hush"
+    (tmp_path / "a.yaml").write_text(
+        f"server: {{token: {hush}}}\n"
+        f"sinks: {{b: {{kind: mqtt, username: u, password: {hush}}},"
+        f" w: {{kind: webhook, url: 'http://h/', secret: {hush}}}}}\n"
+    )
+    shown = livesat("config", "show", "a.yaml", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert hush not in shown.stdout
+
+
+def test_a_daemon_that_is_not_there_is_said():
+    result = livesat("name", "S1", "Anna", "--url", "http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert "no daemon answers" in result.stderr
+
+
+def test_voices_go_to_a_file_and_come_back(tmp_path):
+    import numpy as np
+
+    from stream.voiceprints import Voiceprints
+
+    store, file = tmp_path / "a.db", tmp_path / "voices.json"
+    with Voiceprints.open(store) as voices:
+        for name in ("Anna", "Ben"):
+            voices.add(
+                name,
+                np.arange(4, dtype=np.float32) + len(name),
+                checkpoint="c",
+                evidence_s=2.0,
+                consent="said yes",
+            )
+        wanted = voices.voices(), voices.gallery("c")
+    assert livesat("export-voices", str(file), "--voices", str(store)).returncode == 0
+    assert file.stat().st_mode & 0o077 == 0
+    other = tmp_path / "b.db"
+    result = livesat("import-voices", str(file), "--voices", str(other))
+    assert result.stdout == "2 voice(s): Anna, Ben\n"
+    with Voiceprints.open(other) as voices:
+        assert voices.voices() == wanted[0]
+        assert (voices.gallery("c").vectors == wanted[1].vectors).all()
+    again = livesat("import-voices", str(file), "--voices", str(other))
+    assert again.returncode == 1
+    assert "Anna is enrolled here already" in again.stderr
+    file.write_text('{"livesat_voices": 1, "voices": [{"name": "x"}]}')
+    broken = livesat("import-voices", str(file), "--voices", str(other))
+    assert "expected a file of livesat export-voices" in broken.stderr
+
+
+THIRD_PARTY = {
+    "lamp.py": """
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+from sinks.sink import SinkSettings
+
+
+class LampSettings(SinkSettings, frozen=True):
+    kind: Literal["lamp"] = "lamp"
+    path: Path
+
+    @asynccontextmanager
+    async def open(self):
+        yield Lamp(self.path)
+
+
+class Lamp:
+    def __init__(self, path):
+        self.path = path
+
+    async def send(self, event):
+        with self.path.open("a") as file:
+            file.write(event.type + "\\n")
+""",
+    "pyproject.toml": """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "livesat-lamp"
+version = "1.0"
+[project.entry-points."livesat.sinks"]
+lamp = "lamp:LampSettings"
+[tool.hatch.build.targets.wheel]
+only-include = ["lamp.py"]
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_package_of_someone_else_adds_a_sink(tmp_path):
+    project, site = tmp_path / "lamp", tmp_path / "site"
+    project.mkdir()
+    for name, text in THIRD_PARTY.items():
+        (project / name).write_text(text)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(site), str(project)], check=True)
+    out = tmp_path / "lamp.txt"
+    audio = ROOT / "stream" / "demo" / "meeting.flac"
+    (tmp_path / "config.yaml").write_text(
+        f"sources: {{a: {{kind: file, path: {audio}}}}}\n"
+        f"sinks: {{l: {{kind: lamp, path: {out}}}}}\nlog: {{level: error}}\n"
+    )
+    import os
+
+    path = os.pathsep.join([str(site), str(ROOT)])
+    result = livesat("run", cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+    lines = Path(out).read_text().splitlines()
+    assert lines[0] == "session.opened"
+    assert lines[-1] == "session.closed"

@@ -1,0 +1,202 @@
+"""What an operator does to a daemon: signals, systemd, questions about its health."""
+
+import asyncio
+import os
+import signal
+import socket
+
+import pytest
+import yaml
+
+from stream.config import load
+from stream.daemon import run
+from stream.doctor import examine
+from stream.supervisor import Supervisor
+from tests.stream.conftest import speechlike
+from tests.stream.house import House, free_port, pcm, serving, until
+from tests.stream.test_daemon import config
+
+QUIET = {"session": {"heartbeat_s": 0}}
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    """systemd's end of the line."""
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.bind(path)
+        line.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield line
+
+
+def told(line):
+    messages = []
+    while True:
+        try:
+            messages += line.recv(4096).decode().splitlines()
+        except BlockingIOError:
+            return messages
+
+
+class TestSystemd:
+    async def test_ready_comes_after_warm_up_and_stopping_at_the_end(self, checkpoint, systemd):
+        async with serving(checkpoint) as house:
+            assert "READY=1" in told(systemd)
+            house.stop.set()
+            await asyncio.sleep(0.05)
+        assert told(systemd) == ["STOPPING=1"]
+
+    async def test_the_watchdog_is_fed_from_the_inference_thread_alone(
+        self, checkpoint, systemd, monkeypatch
+    ):
+        monkeypatch.setenv("WATCHDOG_USEC", "60000")
+        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+        heard: list[str] = []
+        async with serving(checkpoint):
+            await until(lambda: heard.extend(told(systemd)) or heard.count("WATCHDOG=1") > 2)
+        hanging = asyncio.Event()
+        supervisor = Supervisor()
+        watching = asyncio.create_task(supervisor.watch(hanging.wait))
+        told(systemd)
+        await asyncio.sleep(0.2)
+        assert told(systemd) == []  # a thread that hangs feeds nobody
+        watching.cancel()
+
+    def test_without_systemd_nothing_is_sent(self):
+        supervisor = Supervisor({})
+        supervisor.ready()
+        assert supervisor.watchdog_s == 0
+        assert Supervisor({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_s == 0
+
+
+class TestReload:
+    @pytest.fixture
+    def file(self, checkpoint, tmp_path):
+        """A configuration file with a server, and its tree to change."""
+        tree = config(checkpoint, {}, server={"port": free_port()}, **QUIET).model_dump(
+            mode="json", exclude_unset=True
+        )
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path, tree
+
+    async def test_what_can_change_does_and_no_stream_is_dropped(self, file, capsys):
+        path, tree = file
+        house = House(tree["server"]["port"])
+        running = asyncio.create_task(
+            run(
+                await asyncio.to_thread(load, path),
+                on_event=house.events.append,
+                stop=house.stop,
+                fail_fast=False,
+                reload=lambda: load(path),
+            )
+        )
+        async with house.http() as http:
+            await until_up(http, running)
+            async with house.connect("/v1/audio?name=before") as socket:
+                await socket.recv()
+                await socket.send(pcm(speechlike(16_000)))
+                tree["session"]["heartbeat_s"] = 0.5
+                tree["log"]["level"] = "info"
+                tree["engine"]["left_ms"] = 4000
+                path.write_text(yaml.safe_dump(tree))
+                os.kill(os.getpid(), signal.SIGHUP)
+                output = ""
+                while "reloaded" not in output:
+                    output += capsys.readouterr().err
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)
+                output += capsys.readouterr().err
+                await socket.send('{"type": "close"}')
+                async for _ in socket:
+                    pass
+            async with house.connect("/v1/audio?name=after") as socket:
+                await socket.recv()
+                await socket.send(pcm(speechlike(32_000)))
+                await socket.send('{"type": "close"}')
+                async for _ in socket:
+                    pass
+            path.write_text("engine: [")
+            os.kill(os.getpid(), signal.SIGHUP)
+            output2 = ""
+            while "not reloaded" not in output2:
+                output2 += capsys.readouterr().err
+                await asyncio.sleep(0.01)
+            assert (await http.get("/readyz")).status_code == 200
+        house.stop.set()
+        await running
+        assert "restart the daemon for these" in output
+        assert "'engine'" in output
+        of = {
+            name: [e.type for e in house.events if e.stream_id == name]
+            for name in ("before", "after")
+        }
+        assert of["before"][-1] == "session.closed"
+        assert "heartbeat" not in of["before"]
+        assert "heartbeat" in of["after"]
+
+
+async def until_up(http, running):
+    import httpx
+
+    while True:
+        try:
+            await http.get("/livez")
+        except httpx.TransportError:
+            assert not running.done()
+            await asyncio.sleep(0.02)
+        else:
+            return
+
+
+class TestDoctor:
+    async def test_a_good_configuration_has_nothing_bad(self, checkpoint, tmp_path):
+        sinks = {"log": {"kind": "jsonl", "path": tmp_path / "a.jsonl"}}
+        settings = config(checkpoint, {}, sinks, server={"port": free_port()})
+        findings = [finding async for finding in examine(settings)]
+        assert not [finding for finding in findings if finding.state == "bad"]
+        subjects = [finding.subject for finding in findings]
+        assert {"versions", "gpu", "checkpoint", "speed", "server", "sink log"} <= set(subjects)
+
+    async def test_every_fault_comes_with_its_fix(self, checkpoint, tmp_path):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            settings = config(
+                [str(tmp_path / "missing")],
+                {"door": {"kind": "tcp", "port": port}},
+                {
+                    "broker": {"kind": "mqtt", "host": "127.0.0.1", "port": 9},
+                    "log": {"kind": "jsonl", "path": tmp_path / "no" / "a.jsonl"},
+                },
+                server={"port": port},
+                voiceprints=tmp_path / "no" / "voices.db",
+            )
+            bad = {f.subject: f async for f in examine(settings) if f.state == "bad"}
+        assert set(bad) == {
+            "checkpoint",
+            "server",
+            "source door",
+            "sink broker",
+            "sink log",
+            "voiceprints",
+        }
+        assert all(finding.fix for finding in bad.values())
+
+
+async def test_trouble_with_a_sink_is_told_to_those_who_read_another(checkpoint, tmp_path):
+    sinks = {"down": {"kind": "mqtt", "host": "127.0.0.1", "port": 9}}
+    async with serving(checkpoint, sinks=sinks, **QUIET) as house:
+        async with house.connect("/v1/audio") as socket:
+            await socket.recv()
+            await socket.send(pcm(speechlike(32_000)))
+            await until(lambda: any(e.type == "warning" for e in house.events))
+            await socket.send('{"type": "close"}')
+            async for _ in socket:
+                pass
+    (warning,) = [e for e in house.events if e.type == "warning"]
+    assert warning.code == "sink.failed"
+    assert warning.message.startswith("down: ")
