@@ -1,8 +1,9 @@
 """Stage 5: thresholds of the tracks for a checkpoint, found on development data only.
 
-The encoder runs once over every clip; then one threshold at a time is moved to each of its
-candidates and kept where the error falls, over a few rounds. The six recorded clips are too few
-to trust alone, so simulated conversations of the development speakers weigh as much.
+The encoder runs once over every clip. Then a random search moves one to three thresholds at a time
+to other candidates and keeps what lowers the error: thresholds depend on each other, and one at a
+time gets stuck. A few recorded clips are too few to trust alone: each group of clips has a share of
+the error, and simulated conversations of the development speakers are one of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,33 +35,35 @@ class Calibrate(Settings):
     Attributes:
         checkpoint: a run's checkpoint or an exported folder.
         data: folder of stage 1.
-        conversations: folder of audio and RTTM pairs.
+        conversations: folders of audio and RTTM pairs, each with its share of the error.
         target: the ``tracks.json`` to write.
         window: chunk, left and look-ahead frames of the stream.
         simulated: how many simulated conversations.
         simulated_hops: their length.
-        recorded_share: weight of the recorded clips against the simulated ones.
+        simulated_share: theirs of the error.
         candidates: dotted key of `TracksSettings` → values to try for the least diarization error.
         language_model: ARPA file of the beam search; null leaves decoding as it is.
         decoding: as candidates, for the least character error with the language model.
         start: thresholds to begin with, nested like the file.
-        rounds: passes over all keys.
-        seed: of the simulation.
+        trials: moves that the random search tries.
+        rounds: passes over the keys of ``decoding``, one at a time.
+        seed: of the simulation and the search.
         threads: compute threads.
     """
 
     checkpoint: Path
     data: Path
-    conversations: Path
+    conversations: dict[Path, float]
     target: Path
     window: tuple[int, int, int] = (25, 500, 12)
     simulated: int = 12
     simulated_hops: int = 1500
-    recorded_share: float = 0.5
+    simulated_share: float = 0.2
     candidates: dict[str, list[Any]]
     language_model: Path | None = None
     decoding: dict[str, list[Any]] = {}  # noqa: RUF012  (pydantic copies defaults)
     start: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies defaults)
+    trials: int = 300
     rounds: int = 2
     seed: int = 1
     threads: int = 1
@@ -104,6 +107,45 @@ def nested(key: str, value: object) -> Mapping[str, Any]:
     return value
 
 
+def search(
+    best: TracksSettings,
+    candidates: Mapping[str, list[Any]],
+    cost: Callable[[TracksSettings, float], float],
+    trials: int,
+    seed: int,
+) -> TracksSettings:
+    """Random moves of one to three keys from the best so far.
+
+    Args:
+        best: Where to begin.
+        candidates: Key → values.
+        cost: (thresholds, least cost so far) → the error; anything above the second where it is
+            clear early that it is no better.
+        trials: Moves.
+        seed: Of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    keys = list(candidates)
+    least = cost(best, float("inf"))
+    print(f"start: {least:.2f}", flush=True)
+    for trial in range(trials):
+        tracks, moved = best, dict[str, Any]()
+        for key in rng.choice(keys, min(int(rng.integers(1, 4)), len(keys)), replace=False):
+            moved[str(key)] = candidates[key][int(rng.integers(len(candidates[key])))]
+        try:
+            for key, value in moved.items():
+                tracks = tracks.over(nested(key, value))
+        except ValueError:
+            continue  # a pair that contradicts itself, such as offset > onset
+        if tracks == best:
+            continue
+        found = cost(tracks, least)
+        if found < least - 1e-6:
+            best, least = tracks, found
+            print(f"trial {trial}: {moved}: {least:.2f}", flush=True)
+    return best
+
+
 def descend(
     best: TracksSettings,
     candidates: Mapping[str, list[Any]],
@@ -139,22 +181,25 @@ def main() -> None:
     student = load_student(settings.checkpoint)
     chunk, left, right = settings.window
     window = Window(chunk=chunk, left=left, right=right)
-    recorded = read_clips(settings.conversations)
     corpus = Corpus(settings.data)
-    simulated = simulated_clips(corpus, settings)
-    groups: list[tuple[float, list[Case]]] = []
-    for share, clips in (
-        (settings.recorded_share, recorded),
-        (1 - settings.recorded_share, simulated),
-    ):
+    given = [(str(f), share, read_clips(f)) for f, share in settings.conversations.items()]
+    given.append(("simulated", settings.simulated_share, simulated_clips(corpus, settings)))
+    groups: list[tuple[str, float, list[Case]]] = []
+    for name, share, clips in given:
         cases = [Case(clip, listen(student, clip.wave, window)) for clip in clips]
-        groups.append((share, cases))
+        groups.append((name, share, cases))
+    groups.sort(key=lambda group: sum(len(case.clip.wave) for case in group[2]))
 
-    def diarization(tracks: TracksSettings) -> float:
-        return sum(share * error(student, cases, tracks) for share, cases in groups)
+    def diarization(tracks: TracksSettings, least: float) -> float:
+        total = 0.0
+        for _, share, cases in groups:  # the shortest first: most moves are out early
+            total += share * error(student, cases, tracks)
+            if total >= least:
+                break
+        return total
 
     best = TracksSettings().over(settings.start)
-    best = descend(best, settings.candidates, diarization, settings.rounds)
+    best = search(best, settings.candidates, diarization, settings.trials, settings.seed)
     if settings.language_model is not None:
         language = LanguageModel.load(settings.language_model)
         heard = [
@@ -169,7 +214,7 @@ def main() -> None:
 
         best = descend(best, settings.decoding, characters, settings.rounds)
     best.save(settings.target)
-    for name, (_, cases) in zip(("recorded", "simulated"), groups, strict=True):
+    for name, _, cases in groups:
         print(f"{name}: DER {error(student, cases, best):.1f} %")
 
 

@@ -82,7 +82,7 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         ),
         (
             "engine: {}\n",
-            "FILE: all of it: got {'engine': {}}, expected sources, a server, or both: there is nothing",
+            "FILE: all of it: got {'engine': {}}, expected sources, a server, or both",
         ),
         (
             "sources: {a: {kind: fiel, path: x}}\n",
@@ -97,8 +97,8 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
             "sources: {a: {kind: file, paht: x}}\n",
             "FILE: sources.a.path: missing; expected WAV, FLAC, OGG, MP3, … whatever libsndfile "
             "reads\n"
-            "FILE: sources.a.paht: unknown key (did you mean 'path'?), expected one of block_ms, "
-            "kind, path, realtime",
+            "FILE: sources.a.paht: unknown key (did you mean 'path'?), expected one of "
+            "apart, block_ms, channel, kind, path, realtime",
         ),
         (
             "sources: {a/b: {kind: stdin}}\n",
@@ -118,8 +118,8 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         ),
         (
             SOURCES + "sinks: {m: {kind: mqqt}}\n",
-            "FILE: sinks.m: expected a kind of sink among jsonl, kafka, mqtt, nats, redis, rttm, seglst, srt, stdout, vtt, webhook, got "
-            "'mqqt'",
+            "FILE: sinks.m: expected a kind of sink among jsonl, kafka, mqtt, nats, redis, rttm, "
+            "seglst, srt, stdout, vtt, webhook, got 'mqqt'",
         ),
         ("", "FILE: expected keys engine, sources, server, sinks, tracks, session, fanout, "),
         ("- a\n", "got list"),
