@@ -53,8 +53,16 @@ class House:
 
 
 @asynccontextmanager
-async def serving(checkpoint, server=None, port=None, **keys) -> AsyncGenerator[House]:
-    """A daemon with nothing but a server; drained at the end."""
+async def serving(checkpoint, server=None, port=None, probe=None, **keys) -> AsyncGenerator[House]:
+    """A daemon with nothing but a server; drained at the end.
+
+    Args:
+        checkpoint: Folders of heads.
+        server: Settings of the server.
+        port: Its port; a free one.
+        probe: With TLS: looked for by an open port, not by what it answers.
+        keys: More of the configuration.
+    """
     house = House(port or free_port())
     settings = config(
         checkpoint, keys.pop("sources", {}), server={"port": house.port, **(server or {})}, **keys
@@ -66,9 +74,13 @@ async def serving(checkpoint, server=None, port=None, **keys) -> AsyncGenerator[
         async with house.http() as http:
             while not running.done():
                 try:
+                    if probe is not None:
+                        _, writer = await asyncio.open_connection("127.0.0.1", house.port)
+                        writer.close()
+                        break
                     if (await http.get("/readyz")).status_code in {200, 503}:
                         break
-                except httpx.TransportError:
+                except (httpx.TransportError, OSError):
                     await asyncio.sleep(0.02)
         if running.done():
             running.result()

@@ -1,0 +1,106 @@
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.feed import Feed, Wanted
+from tests.sinks.samples import Talk
+
+
+async def read(reader):
+    return [line async for line in reader]
+
+
+class TestFeed:
+    async def test_a_reader_gets_what_it_wants_in_order(self):
+        feed, talk = Feed(), Talk()
+        everything, finals = feed.subscribe(Wanted()), feed.subscribe(Wanted(partials=False))
+        turns = feed.subscribe(Wanted(types=frozenset({"turn.ended"}), stream="talk"))
+        other = feed.subscribe(Wanted(session="another"))
+        sent = talk.every_type()
+        for event in sent:
+            feed.publish(event)
+        feed.close()
+        assert [line.seq for line in await read(everything)] == [event.seq for event in sent]
+        assert all(line.final for line in await read(finals))
+        assert [line.type for line in await read(turns)] == ["turn.ended"]
+        assert await read(other) == []
+
+    async def test_one_that_never_reads_is_evicted_and_the_others_miss_nothing(self):
+        """Reliability bar, row 9."""
+        feed, talk = Feed(queue=20_000), Talk()
+        stuck, good = feed.subscribe(Wanted()), feed.subscribe(Wanted())
+        got = asyncio.create_task(read(good))
+        for _ in range(200):
+            feed.publish(talk.warning("x" * 100))
+            await asyncio.sleep(0)
+        assert stuck.evicted
+        assert stuck.waiting == 0
+        assert feed.evicted == 1
+        assert len(feed) == 1
+        feed.close()
+        assert [line.seq for line in await got] == list(range(200))
+        # It comes back and resumes where it was.
+        again = feed.subscribe(Wanted(session="s1"), after=-1)
+        assert again.complete
+        assert [line.seq for line in await read(again)] == list(range(200))
+
+    async def test_partials_go_before_the_reader_does(self):
+        feed, talk = Feed(queue=20_000), Talk()
+        slow = feed.subscribe(Wanted())
+        for _ in range(500):
+            feed.publish(talk.heard("…"))
+        feed.publish(talk.warning())
+        assert not slow.evicted
+        assert slow.dropped > 300
+        feed.close()
+        assert [line.type for line in await read(slow)][-1] == "warning"
+
+    async def test_what_is_no_longer_kept_is_said(self):
+        feed, talk = Feed(history=5_000), Talk()
+        for _ in range(100):
+            feed.publish(talk.warning())
+        assert not feed.subscribe(Wanted(session="s1"), after=3).complete
+        assert not feed.subscribe(Wanted(), cursor=f"{feed.epoch}.3").complete
+        assert feed.subscribe(Wanted(), cursor=feed.cursor()).complete
+        assert not feed.subscribe(Wanted(), cursor="deadbeef.50").complete  # of another process
+
+    @given(st.integers(0, 40), st.integers(0, 40))
+    def test_a_cursor_resumes_exactly(self, first, second):
+        async def scene():
+            feed, talk = Feed(), Talk()
+            for _ in range(first):
+                feed.publish(talk.warning())
+            cursor = feed.cursor()
+            for _ in range(second):
+                feed.publish(talk.warning())
+            reader = feed.subscribe(Wanted(), cursor=cursor)
+            feed.close()
+            assert [line.seq for line in await read(reader)] == list(range(first, first + second))
+
+        asyncio.run(scene())
+
+    async def test_sessions_are_listed_with_who_was_heard(self):
+        feed, talk = Feed(), Talk()
+        for event in (
+            talk.opened(),
+            talk.turn("T1", "S1", 0.0, 2.0),
+            talk.turn("T2", "S2", 2.0, 3.0),
+            talk.identified("S1", "Anna"),
+            talk.revised(["T2"], "S2", "S1"),
+            talk.closed(9.0),
+        ):
+            feed.publish(event)
+        (entry,) = feed.sessions
+        assert (entry.state, entry.audio_s) == ("closed", 9.0)
+        assert (entry.speakers, entry.names) == (["S1"], {"S1": "Anna"})
+
+    @pytest.mark.parametrize("count", [1, 500])
+    async def test_the_list_of_sessions_is_bounded(self, count):
+        feed = Feed()
+        for number in range(count):
+            talk = Talk(f"s{number}")
+            feed.publish(talk.opened())
+            feed.publish(talk.closed())
+        assert len(feed.sessions) == min(count, 200)
