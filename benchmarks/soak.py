@@ -171,6 +171,11 @@ def resident_mib(pid: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+def open_files(pid: int) -> int:
+    """Open files of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 async def soak(minutes: float, console: Console) -> bool:
     """Run it → whether it stayed as it was."""
     server, tcp, rtp, lossy = free_ports(4)
@@ -239,7 +244,7 @@ async def _soak(
             await asyncio.sleep(max(left, 0))
             lags = subscriber.lags.get(minute, [0.0])
             p99 = float(np.quantile(lags, 0.99))
-            fds = len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+            fds = await asyncio.to_thread(open_files, daemon.pid)
             rows.append((minute + 1, resident_mib(daemon.pid), fds, median(lags), p99))
             status = (await http.get("/v1/status")).json()
             cpu = status["compute_s"] / max(status["audio_s"], 1)

@@ -109,7 +109,7 @@ def utterance_scores(
     *,
     utterances: Sequence[int],
     lengths: Iterable[str] = CUTS,
-    open_set: tuple[OpenSet, TracksSettings] | None = None,
+    open_set: tuple[OpenSet, TracksSettings, Floats | None] | None = None,
     ways: Mapping[str, Decoder] | None = None,
 ) -> dict[str, Any]:
     """Voices and words of the development speakers.
@@ -120,7 +120,7 @@ def utterance_scores(
         window: of the stream, or None.
         utterances: indices in the corpus.
         lengths: keys of `CUTS` to take the equal error rate at, where any utterance is so long.
-        open_set: also identify, by these thresholds.
+        open_set: also identify, by these thresholds and this cohort.
         ways: name → decoder; None is greedily alone.
     """
     rates: dict[str, float] = {}
@@ -207,6 +207,8 @@ def score(settings: Score) -> dict[str, Any]:
         return {"checkpoint": str(settings.checkpoint), **quick(student, corpus, clips, tracks)}
     simulated = simulated_clips(corpus, settings.meetings)
     utterances = dev_utterances(corpus)
+    beside = settings.checkpoint / "speaker" / "cohort.npy"
+    cohort = np.load(beside, allow_pickle=False).astype(np.float32) if beside.exists() else None
     modes: dict[str, Any] = {}
     for name, window in LATENCIES.items():
         whole, local = diarization_scores(student, clips, window, tracks)
@@ -224,7 +226,7 @@ def score(settings: Score) -> dict[str, Any]:
                 corpus,
                 window,
                 utterances=utterances,
-                open_set=(settings.open_set, tracks),
+                open_set=(settings.open_set, tracks, cohort),
                 ways=decoders(settings, tracks),
             ),
         }

@@ -244,6 +244,17 @@ def run_stages(folder: Path, data: Path, sources: dict[str, float]) -> None:
         folder,
     )
     stage("export", {"checkpoint": normalised, "target": str(weights)}, folder)
+    stage(
+        "cohort",
+        {
+            "checkpoint": str(weights),
+            "data": str(data),
+            "target": str(weights / "speaker" / "cohort.npy"),
+            "clips": 2,
+            "least_s": 0.0,
+        },
+        folder,
+    )
     talks = folder / "talks"
     stage(
         "conversations",

@@ -1,7 +1,7 @@
 """Voices of the development speakers: equal error rate, and identification in an open set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -66,7 +66,7 @@ class Trial:
         speaker: whose it is.
         enrolled: whether that person is enrolled.
         nearest: the name at any threshold; None where no name leads by the margin.
-        score: cosine with the nearest.
+        score: with the nearest.
         identity: the name at the shipped threshold, or None: unknown.
     """
 
@@ -124,11 +124,17 @@ def verification_error(prints: Sequence[Print]) -> float:
     return percent(result.rate)
 
 
-def trials(prints: Sequence[Print], open_set: OpenSet, settings: TracksSettings) -> list[Trial]:
+def trials(
+    prints: Sequence[Print],
+    open_set: OpenSet,
+    settings: TracksSettings,
+    cohort: Floats | None = None,
+) -> list[Trial]:
     """Enrols half of the speakers and tries everybody, again and again.
 
     Enrolment, gallery and decision are the product's. Recordings with less speech than
-    `VoicesSettings.evidence_ms`, on which it would not decide yet, are no trials.
+    `VoicesSettings.evidence_ms`, on which it would not decide yet, are no trials. ``cohort`` is the
+    checkpoint's, see `recipes.cohort`.
     """
     names = sorted({p.speaker for p in prints})
     rng = np.random.default_rng(open_set.seed)
@@ -151,7 +157,7 @@ def trials(prints: Sequence[Print], open_set: OpenSet, settings: TracksSettings)
                         evidence_s=prints[index].evidence_s,
                         consent="a published corpus",
                     )
-            gallery = store.gallery(CHECKPOINT)
+            gallery = replace(store.gallery(CHECKPOINT), cohort=cohort)
         for index, tried in enumerate(prints):
             if index in enrolled:
                 continue

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from time import monotonic, time
@@ -764,7 +764,8 @@ def _gallery(config: Config, engine: Engine) -> Gallery | None:
         return None
     with Voiceprints.open(path) as store:
         # Voices of another checkpoint are an error only where the user asked for this file.
-        return store.gallery(engine.voice_id, strict=config.voiceprints is not None)
+        gallery = store.gallery(engine.voice_id, strict=config.voiceprints is not None)
+    return replace(gallery, cohort=engine.cohort)
 
 
 @contextmanager

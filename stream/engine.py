@@ -151,6 +151,8 @@ class Engine:
     """Sequence-classification head → its class names."""
     tracks_file: Path | None
     """`tracks.json` beside the first checkpoint that has one."""
+    cohort: Floats | None
+    """[N, E] voices to measure scores by, from `cohort.npy` beside the speaker checkpoint."""
     language_file: Path | None
     """The language model beside the CTC checkpoint, if it has one."""
 
@@ -329,6 +331,8 @@ class Engine:
         self.voice_id = None if model.voice is None else _content_id(model.voice)
         self.labels = {each.name: each.classes for each in loaded if each.model is model.labels}
         self.tracks_file = next((each.tracks for each in loaded if each.tracks), None)
+        beside = next((each.cohort for each in loaded if each.model is model.voice), None)
+        self.cohort = None if beside is None else _cohort(beside, model)
         self.language_file = next((each.language for each in loaded if each.vocabulary), None)
         self._state = model.zeros(self.slots)
         self._warm_up()
@@ -473,6 +477,7 @@ class _Loaded:
     classes: tuple[str, ...]
     tracks: Path | None
     language: Path | None
+    cohort: Path | None
 
 
 def embedded() -> list[Path]:
@@ -526,7 +531,25 @@ def _load(path: str, device: "torch.device") -> _Loaded:
         classes=classes,
         tracks=next((file for file in tracks if file.is_file()), None),
         language=next((folder / name for name in NAMES if (folder / name).is_file()), None),
+        cohort=cohort if (cohort := folder / "cohort.npy").is_file() else None,
     )
+
+
+def _cohort(path: Path, model: "StreamingModel") -> Floats:
+    """Voices beside a speaker checkpoint.
+
+    Raises:
+        EngineError: not an array of its embeddings.
+    """
+    assert model.voice is not None
+    size = model.voice.config.xvector_output_dim
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: expected an array of numpy's ({error})") from error
+    if vectors.ndim != 2 or vectors.shape[1] != size or not np.isfinite(vectors).all():
+        raise EngineError(f"{path}: expected finite embeddings [N, {size}], got {vectors.shape}")
+    return vectors.astype(np.float32)
 
 
 def _content_id(model: "PreTrainedModel") -> str:

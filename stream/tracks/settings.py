@@ -135,7 +135,13 @@ class VoicesSettings(Settings):
     """Speakers → enrolled people."""
 
     threshold: float = Field(
-        default=0.55, ge=-1, le=1, description="Cosine from which a speaker is an enrolled person."
+        default=0.55, ge=-1, le=1, description="Score from which a speaker is an enrolled person."
+    )
+    cohort: int = Field(
+        default=40,
+        ge=0,
+        description="Nearest voices of the checkpoint's cohort that a score is measured against; "
+        "0, or a checkpoint without one, leaves it the cosine.",
     )
     margin: float = Field(
         default=0.08, ge=0, description="… who must lead the runner-up by this much."

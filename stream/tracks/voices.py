@@ -20,10 +20,12 @@ class Gallery:
     Attributes:
         names: One a person.
         vectors: [people, E] each person's mean embedding, as the x-vector head gives it.
+        cohort: [others, E] voices that are nobody's here: what a score means is measured by them.
     """
 
     names: tuple[str, ...]
     vectors: NDArray[np.float32]
+    cohort: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Verdict:
 
     Attributes:
         identity: Enrolled name; None is unknown.
-        score: Cosine with that person, or with the nearest.
+        score: With that person, or with the nearest: the cosine, normalised by the cohort.
         margin: Score less the runner-up's; the score itself if only one person is enrolled.
         given: A listener said it, who knows better than any score.
     """
@@ -48,6 +50,49 @@ class VoicesState:
     """Verdicts by label."""
 
     verdicts: dict[int, Verdict] = field(default_factory=dict[int, Verdict])
+
+
+class Cohort:
+    """Adaptive symmetric score normalisation.
+
+    A cosine is a surprise only beside those that strangers reach: both voices are compared with the
+    cohort, and the score is told in deviations from what its nearest members get. Deviations are
+    then put back on the scale of cosines, by what the cohort's own members are to each other, so
+    that thresholds keep their meaning. Source: Matějka et al., Interspeech 2017 ("Analysis of score
+    normalization in multilingual speaker recognition"), AS-norm 1.
+
+    Args:
+        vectors: [N, E] centred unit vectors.
+        nearest: How many members count.
+    """
+
+    def __init__(self, vectors: NDArray[np.float64], nearest: int) -> None:
+        self._vectors = vectors
+        self._nearest = min(nearest, max(len(vectors) - 1, 1))
+        among = vectors @ vectors.T
+        np.fill_diagonal(among, -np.inf)
+        mean, spread = self._moments(among)
+        self._mean, self._spread = float(mean.mean()), float(spread.mean())
+
+    def of(self, vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[n, E] unit vectors → mean and deviation [n] of their nearest members' cosines."""
+        return self._moments(vectors @ self._vectors.T)
+
+    def normalised(
+        self,
+        scores: NDArray[np.float64],
+        people: tuple[NDArray[np.float64], NDArray[np.float64]],
+        voice: tuple[NDArray[np.float64], NDArray[np.float64]],
+    ) -> NDArray[np.float64]:
+        """[n] cosines of people with one voice → [n] scores, −1 to 1."""
+        surprise = (scores - people[0]) / people[1] + (scores - voice[0]) / voice[1]
+        return np.clip(self._mean + self._spread * surprise / 2, -1.0, 1.0)
+
+    def _moments(
+        self, cosines: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        top = -np.partition(-cosines, self._nearest - 1, axis=-1)[..., : self._nearest]
+        return top.mean(-1), np.maximum(top.std(-1), 1e-3)
 
 
 class Voices:
@@ -78,11 +123,19 @@ class Voices:
         assert vectors.shape[:1] == (len(gallery.names),), (
             f"expected {len(gallery.names)} voices, got {vectors.shape}"
         )
-        if len(vectors) and self._mean is not None:
-            vectors = vectors - self._mean
-        norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
         self._names = gallery.names
-        self._vectors = vectors / np.maximum(norms, 1e-9)
+        self._vectors = self._unit(vectors)
+        self._cohort = None
+        if gallery.cohort is not None and self.settings.cohort:
+            self._cohort = Cohort(self._unit(gallery.cohort), self.settings.cohort)
+            self._people = self._cohort.of(self._vectors)
+
+    def _unit(self, vectors: NDArray[Any]) -> NDArray[np.float64]:
+        """[n, E] embeddings → centred, of length 1."""
+        centred = np.asarray(vectors, np.float64)
+        if len(centred) and self._mean is not None:
+            centred = centred - self._mean
+        return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-9)
 
     def embedding(self, vector: NDArray[np.float64]) -> NDArray[np.float32]:
         """[E] centred unit vector → an embedding that a gallery can hold."""
@@ -216,6 +269,8 @@ class Voices:
 
     def _judge(self, vector: NDArray[np.float64], current: str | None) -> Verdict:
         scores = self._vectors @ vector
+        if self._cohort is not None:
+            scores = self._cohort.normalised(scores, self._people, self._cohort.of(vector[None]))
         order = np.argsort(-scores, kind="stable")
         best = int(order[0])
         score = float(scores[best])

@@ -16,6 +16,7 @@ def test_every_stage_runs_from_the_files_of_the_last(capsys):
         "finetune",
         "normalise",
         "export",
+        "cohort",
         "calibrate",
         "score",
     ):

@@ -1,11 +1,12 @@
 from itertools import groupby
 
 import numpy as np
+import pytest
 
 from stream.tracks.frames import Frames
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
-from stream.tracks.voices import Gallery
+from stream.tracks.voices import Cohort, Gallery
 from tests.stream.tracks.scenes import Stamper, Talk, embed, scene, voices
 
 PEOPLE = voices(8)
@@ -119,3 +120,49 @@ def test_nobody_enrolled_nobody_told():
     tracks = Tracks(SETTINGS, embed=embed, stamp=Stamper())
     assert told(tracks.step(scene([Talk(0, 10, 200)], 300))) == []
     assert tracks.step(Frames(start=300 * 320)) == []
+
+
+class TestCohort:
+    """A score is a surprise beside what strangers get."""
+
+    @staticmethod
+    def people(count, seed=0, size=32, common=0.0):
+        rng = np.random.default_rng(seed)
+        vectors = rng.standard_normal((count, size)) + common
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    def test_a_voice_everyone_resembles_needs_a_higher_cosine(self):
+        crowd = self.people(300)
+        cohort = Cohort(crowd, 40)
+        common = self.people(300, seed=1).mean(0) + crowd[:40].mean(0) * 3  # near many
+        common /= np.linalg.norm(common)
+        rare = self.people(1, seed=2)[0]
+        people = np.stack([common, rare])
+        cosines = np.array([0.6, 0.6])
+        voice = cohort.of(self.people(1, seed=3))
+        loud, quiet = cohort.normalised(cosines, cohort.of(people), voice)
+        assert loud < quiet
+
+    def test_scores_keep_their_order_for_one_voice_among_alike_people(self):
+        cohort = Cohort(self.people(300), 40)
+        cosines = np.linspace(-0.2, 0.9, 12)
+        people = cohort.of(np.repeat(self.people(1, seed=5), 12, 0))
+        scores = cohort.normalised(cosines, people, cohort.of(self.people(1, seed=6)))
+        assert (np.diff(scores) > 0).all()
+        assert scores.min() >= -1
+        assert scores.max() <= 1
+
+    def test_a_stranger_scores_as_the_cohort_does_to_itself(self):
+        crowd = self.people(300)
+        cohort = Cohort(crowd, 40)
+        stranger, other = self.people(2, seed=9)
+        nearest = np.sort(crowd @ stranger)[-40:].mean()
+        score = cohort.normalised(
+            np.array([nearest]), cohort.of(other[None]), cohort.of(stranger[None])
+        )
+        top = np.sort(crowd @ crowd.T - 2 * np.eye(300), axis=1)[:, -40:].mean()
+        assert score[0] == pytest.approx(top, abs=0.1)
+
+    def test_a_small_cohort_is_used_whole(self):
+        cohort = Cohort(self.people(3), 40)
+        assert np.isfinite(cohort.of(self.people(5, seed=1))).all()
