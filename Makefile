@@ -17,7 +17,7 @@ SYSTEM := \
 	"ffmpeg:ffmpeg:the tests that send RTP, HTTP and MPEG-TS" \
 	"chromium:chromium:the dashboard's tests"
 
-.PHONY: help setup demo test check bench scores build schema clean
+.PHONY: help setup demo test check bench scores pictures train-smoke build schema clean
 
 help:
 	@echo "make demo    watch the demo conversation live in this terminal, then its score"
@@ -66,6 +66,10 @@ bench: $(VENV)/.dev
 scores: $(VENV)/.dev
 	$(BIN)/python -m recipes.score --set checkpoint=model/weights --set report=docs/scores.json
 	$(BIN)/python -m recipes.publish
+
+# The dashboard's pictures in docs/pictures, by a headless Chromium that hears the demo conversation.
+pictures: setup
+	$(BIN)/python -m tests.e2e.browser
 
 train-smoke: $(VENV)/.dev
 	$(BIN)/python -m recipes.smoke

@@ -9,6 +9,7 @@ fields it does not know, so that a subscriber that validates survives a field ad
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +50,7 @@ def _one_paragraph(text: str | None) -> str:
 
 
 def asyncapi() -> Json:
-    """AsyncAPI 3.0 document of the MQTT sink."""
+    """AsyncAPI 3.0 document of the MQTT, NATS, Kafka and Redis sinks and of the daemon's feed."""
     events = members()
     finals = [event for event in events if event.model_fields["is_final"].default]
     partials = [event for event in events if event not in finals]
@@ -93,7 +94,7 @@ def asyncapi() -> Json:
     return {
         "asyncapi": "3.0.0",
         "info": {
-            "title": "livesat events over MQTT",
+            "title": "livesat events",
             "version": "1.0.0",
             "description": "Who spoke when, which enrolled person, what was said. Delivery is at "
             "least once: drop what you have seen by session_id:seq. seq counts the events of a "
@@ -110,7 +111,27 @@ def asyncapi() -> Json:
                 "protocol": "mqtt",
                 "protocolVersion": "5.0",
                 "description": "The broker of the mqtt sink's settings.",
-            }
+            },
+            "nats": {
+                "host": "localhost:4222",
+                "protocol": "nats",
+                "description": "The server of the nats sink's settings, with JetStream.",
+            },
+            "kafka": {
+                "host": "localhost:9092",
+                "protocol": "kafka",
+                "description": "The cluster of the kafka sink's settings.",
+            },
+            "redis": {
+                "host": "localhost:6379",
+                "protocol": "redis",
+                "description": "The server of the redis sink's settings; entries of streams.",
+            },
+            "daemon": {
+                "host": "localhost:8080",
+                "protocol": "ws",
+                "description": "The daemon's own server; over HTTP the same as server-sent events.",
+            },
         },
         "channels": {
             "event": _channel(
@@ -125,12 +146,40 @@ def asyncapi() -> Json:
                 "{root}/v1/{node}/{stream}/state", "The state of a stream.", ["state"]
             ),
             "status": _channel("{root}/v1/{node}/status", "The state of a node.", ["status"]),
+            "natsEvent": _channel(
+                "{root}.v1.{node}.{stream}.event.{type}",
+                "Final events, stored by JetStream; Nats-Msg-Id is session_id:seq.",
+                map(_type, finals),
+                "nats",
+            ),
+            "natsPartial": _channel(
+                "{root}.v1.{node}.{stream}.partial.{type}",
+                "Events that later ones may replace; nobody stores them.",
+                map(_type, partials),
+                "nats",
+            ),
+            "kafka": _channel(
+                "livesat.events.v1", "Records keyed by session_id.", map(_type, events), "kafka"
+            ),
+            "redis": _channel(
+                "{root}:v1:{stream}", "A Redis Stream; field event.", map(_type, events), "redis"
+            ),
+            "feed": _channel(
+                "/v1/events", "Everything the daemon emits.", map(_type, events), "daemon"
+            ),
         },
         "operations": {
             "sendEvent": _operation("event", qos=1, retain=False),
             "sendPartial": _operation("partial", qos=0, retain=False),
             "sendState": _operation("state", qos=1, retain=True),
             "sendStatus": _operation("status", qos=1, retain=True),
+            **{
+                f"send{name[0].upper()}{name[1:]}": {
+                    "action": "send",
+                    "channel": {"$ref": f"#/channels/{name}"},
+                }
+                for name in ("natsEvent", "natsPartial", "kafka", "redis", "feed")
+            },
         },
         "components": {
             "messages": messages,
@@ -147,11 +196,12 @@ def asyncapi() -> Json:
     }
 
 
-def _channel(address: str, description: str, messages: Any) -> Json:
-    names = [level[1:-1] for level in address.split("/") if level.startswith("{")]
+def _channel(address: str, description: str, messages: Any, server: str = "broker") -> Json:
+    names = re.findall(r"{(\w+)}", address)
     return {
         "address": address,
         "description": description,
+        "servers": [{"$ref": f"#/servers/{server}"}],
         "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in messages},
         "parameters": {name: {"$ref": f"#/components/parameters/{name}"} for name in names},
     }

@@ -40,8 +40,9 @@ class LogSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["console", "json"] = Field(
-        default="console", description="Lines to read, or one JSON object a line."
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto",
+        description="Lines to read, or one JSON object a line; auto: JSON for systemd's journal.",
     )
 
     def configure(self) -> None:
@@ -54,9 +55,10 @@ class LogSettings(BaseModel):
         def to_stderr(*_: Any) -> structlog.PrintLogger:
             return structlog.PrintLogger(sys.stderr)  # whatever that is at the time
 
+        to_journal = self.format == "auto" and "JOURNAL_STREAM" in os.environ
         renderer: Any = (
             structlog.processors.JSONRenderer()
-            if self.format == "json"
+            if self.format == "json" or to_journal
             else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         )
         level: int = getattr(logging, self.level.upper())

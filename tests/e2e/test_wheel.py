@@ -34,6 +34,8 @@ def test_it_holds_the_checkpoint_the_demo_and_the_licence(wheel):
         "model/weights/ctc/language_model.arpa.gz",
         "model/weights/MODEL_CARD.md",
         "stream/demo/meeting.flac",
+        "stream/web/static/index.html",
+        "stream/web/static/app.js",
         "stream/demo/meeting.rttm",
     } <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -99,6 +99,12 @@ class TestMedia:
             samples, _ = await heard(MediaSource(url=url, retry_first_s=0.05), 2)
         assert level(samples) > 0.05
 
+    async def test_mpeg_ts_in_rtp(self, tone):
+        url = f"rtp://127.0.0.1:{free_port()}"
+        with Sender("-i", tone, "-c:a", "aac", "-f", "rtp_mpegts", url):
+            samples, _ = await heard(MediaSource(url=url, retry_first_s=0.05), 2)
+        assert level(samples) > 0.05
+
     async def test_a_sender_that_comes_back_is_a_gap_of_the_length_it_was_away(self, tone):
         port = free_port()
         source = MediaSource(
