@@ -8,14 +8,14 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from time import monotonic
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.sources.file import SHORTEST
+from stream.sources.pcm import PcmDecoder, PcmFormat
 from stream.sources.source import Block, SourceError
 
 _READ: Final = 6400
@@ -28,12 +28,23 @@ _CONTAINERS: Final = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3\x03
 
 
 class StdinSource(BaseModel):
-    """Signed 16-bit little-endian mono samples on standard input, until it closes."""
+    """Raw samples on standard input, until it closes; 16-bit little-endian mono unless told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["stdin"] = "stdin"
+    format: PcmFormat = "s16le"
     rate: int = Field(default=SAMPLE_RATE, ge=1000, le=768_000, description="Samples a second.")
+    channels: int = Field(default=1, ge=1, le=64, description="Interleaved; they are averaged.")
+    channel: int | None = Field(
+        default=None, ge=0, le=63, description="The channel that is heard; null is their mean."
+    )
+
+    @model_validator(mode="after")
+    def _a_channel_there_is(self) -> Self:
+        if self.channel is not None and self.channel >= self.channels:
+            raise ValueError(f"channel: expected 0 to {self.channels - 1}, got {self.channel}")
+        return self
 
     @property
     def name(self) -> str:
@@ -69,25 +80,21 @@ class StdinSource(BaseModel):
 
     async def _blocks(self, pipe: "_Pipe") -> AsyncGenerator[Block]:
         resampler = Resampler(self.rate)
-        odd = b""
+        decoder = PcmDecoder(self.format, self.channels, self.channel)
         head = b""
         while data := await pipe.read():
             if len(head) < 4:
                 head = (head + data)[:4]
                 if kind := _CONTAINERS.get(head):
                     raise SourceError(
-                        f"stdin: got a {kind} file; expected raw s16le samples "
+                        f"stdin: got a {kind} file; expected raw {self.format} samples "
                         "(give the file's path, or convert it with `ffmpeg -f s16le`)"
                     )
-            data = odd + data
-            whole = len(data) // 2 * 2
-            odd = data[whole:]  # a pipe may cut a sample in two; half a one at the end is no sample
-            samples = np.frombuffer(data[:whole], "<i2").astype(np.float32)
-            samples *= np.float32(1 / 32768)
-            yield Block(resampler.step(samples), monotonic())
+            yield Block(resampler.step(decoder.step(data)), monotonic())
         if resampler.taken * SAMPLE_RATE / self.rate < SHORTEST:
             raise SourceError(
-                f"stdin: {resampler.taken} sample(s); expected at least 25 ms of raw s16le audio"
+                f"stdin: {resampler.taken} sample(s); "
+                f"expected at least 25 ms of raw {self.format} audio"
             )
         yield Block(resampler.flush(), monotonic())
 

@@ -2,10 +2,10 @@
 
 import asyncio
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.engine import EngineFull
@@ -39,6 +39,12 @@ class TcpSource(BaseModel):
     streams: int = Field(default=4, ge=1, le=1024, description="Connections at a time.")
     idle_s: float = Field(default=60, gt=0, description="A connection silent for this is closed.")
     buffer_ms: int = Field(default=2000, ge=20, description="Audio that may wait for the engine.")
+
+    @model_validator(mode="after")
+    def _a_channel_there_is(self) -> Self:
+        if self.channel is not None and self.channel >= self.channels:
+            raise ValueError(f"channel: expected 0 to {self.channels - 1}, got {self.channel}")
+        return self
 
     async def serve(self, name: str, intake: Intake) -> None:
         """See `Listener.serve`."""
