@@ -181,6 +181,19 @@ async def test_a_pipe_without_raw_audio_is_one_clear_error(monkeypatch, data, me
         await piped(monkeypatch, data)
 
 
+async def test_one_channel_of_floats_on_stdin(monkeypatch):
+    left, right = speechlike(4000, seed=1), speechlike(4000, seed=2)
+    data = np.stack([left, right], 1).astype("<f4").tobytes()
+    out, into = os.pipe()
+    with os.fdopen(into, "wb") as pipe:
+        pipe.write(data)
+    with stdin(monkeypatch, out):
+        blocks = await read(StdinSource(format="f32le", channels=2, channel=1))
+    assert (joined(blocks) == right).all()
+    with pytest.raises(ValueError, match="channel: expected 0 to 1, got 2"):
+        StdinSource(channels=2, channel=2)
+
+
 async def test_a_regular_file_as_stdin_works_too(monkeypatch, tmp_path):
     samples = pcm(speechlike(5000))
     (tmp_path / "a.raw").write_bytes(samples.tobytes())
