@@ -96,7 +96,11 @@ class SessionSettings(BaseModel):
         description="File that keeps open sessions, so that a daemon started again goes on with "
         "them; null keeps none. It holds voices: only its owner can read it.",
     )
-    save_s: float = Field(default=5.0, gt=0, description="How often an open session is saved.")
+    save_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="How often an open session is saved: several megabytes a stream.",
+    )
     resume_s: float = Field(
         default=60.0,
         ge=0,

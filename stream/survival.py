@@ -39,10 +39,18 @@ CREATE TABLE sessions (
     taken INTEGER NOT NULL,
     received INTEGER NOT NULL,
     saved REAL NOT NULL,
-    seq INTEGER NOT NULL,
     data BLOB NOT NULL
 ) STRICT;
+CREATE TABLE numbers (
+    id TEXT PRIMARY KEY,
+    seq INTEGER NOT NULL
+) STRICT;
 """
+
+
+_NOTE: Final = (
+    "INSERT INTO numbers VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET seq = max(seq, excluded.seq)"
+)
 
 
 class SurvivalError(Exception):
@@ -121,17 +129,15 @@ class Survival:
 
     def note(self, session_id: str, seq: int) -> None:
         """An event with this number was given out; written within `GATHER_S`."""
-        self._jobs.put(
-            _Job("UPDATE sessions SET seq = max(seq, ?) WHERE id = ?", (seq, session_id))
-        )
+        # A table of its own: changing a row writes all of it, and a session's holds megabytes.
+        self._jobs.put(_Job(_NOTE, (session_id, seq)))
 
     async def save(self, survivor: Survivor) -> None:
         """Replace what is kept of a session; returns when it is on disk."""
         s = survivor
+        self.note(s.session_id, s.seq)
         await self._do(
-            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
-            "SET taken = excluded.taken, received = excluded.received, saved = excluded.saved, "
-            "seq = max(seq, excluded.seq), data = excluded.data",
+            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 s.session_id,
                 s.stream,
@@ -141,13 +147,13 @@ class Survival:
                 s.taken,
                 s.received,
                 s.saved,
-                s.seq,
                 s.data,
             ),
         )
 
     async def forget(self, session_id: str) -> None:
         """A session is closed: nothing goes on."""
+        self._jobs.put(_Job("DELETE FROM numbers WHERE id = ?", (session_id,)))
         await self._do("DELETE FROM sessions WHERE id = ?", (session_id,))
 
     async def _do(self, statement: str, values: tuple[object, ...]) -> None:
@@ -179,7 +185,7 @@ class Survival:
                 )
             rows = database.execute(
                 "SELECT id, stream, token, source, called, taken, received, saved, seq, data "
-                "FROM sessions ORDER BY saved"
+                "FROM sessions JOIN numbers USING (id) ORDER BY saved"
             ).fetchall()
         except sqlite3.DatabaseError as error:
             database.close()
@@ -207,9 +213,10 @@ class Survival:
             database.close()
 
     def _commit(self, database: sqlite3.Connection, jobs: "list[_Job]") -> None:
+        notes: dict[str, _Job] = {str(j.values[0]): j for j in jobs if j.statement is _NOTE}
         try:
             with database:
-                for job in jobs:
+                for job in (*notes.values(), *(j for j in jobs if j.statement is not _NOTE)):
                     database.execute(job.statement, job.values)
         except sqlite3.Error as error:
             # A full disk must not end a conversation: it only cannot be resumed from here.
