@@ -1,19 +1,21 @@
 """Whatever FFmpeg plays: RTSP, HTTP, HLS, RTP, MPEG-TS over UDP, files of any container.
 
 A thread of its own demuxes and decodes, because FFmpeg blocks. A live URL that breaks is opened
-again, with growing pauses; what was missed meanwhile is a `gap` of the length the clock tells. PyAV
-is imported when a source is opened.
+again, with growing pauses; what was missed meanwhile is a `gap` of the length the clock tells, and
+what is missing inside a stream one of the length its timestamps tell. PyAV is imported when a
+source is opened.
 """
 
 import asyncio
 import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import structlog
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from stream.clock import SAMPLE_RATE
+from stream.resample import Resampler
 from stream.sources.line import Line
 from stream.sources.source import Block, Source, SourceError
 
@@ -28,8 +31,23 @@ log = structlog.get_logger(__name__)
 
 SCHEMES: Final = ("rtsp", "rtsps", "http", "https", "rtp", "udp", "tcp", "srt", "file")
 
+PORTED: Final = frozenset({"rtp", "udp", "tcp", "srt"})
+"""Schemes without a port of their own."""
+
+PATIENT: Final = frozenset({"http", "https", "tcp"})
+"""Schemes whose sender can be told to wait: what comes faster than it is heard is not lost."""
+
 _CLOSE_S: Final = 2.0
 """How long closing waits for a thread that hangs in FFmpeg; it ends by its own time-out."""
+
+_SLACK_S: Final = 0.04
+"""Timestamps ahead of the samples by this much are a loss; less is a container's rounding."""
+
+_REBASED_S: Final = 1.0
+"""Timestamps this far from what the samples or the clock say were set anew, and say nothing."""
+
+_BACKLOG_S: Final = 0.2
+"""After a connection, what FFmpeg read to know the format comes at once, within this time."""
 
 
 class MediaSource(BaseModel):
@@ -60,8 +78,19 @@ class MediaSource(BaseModel):
     @classmethod
     def _known_scheme(cls, value: str) -> str:
         scheme, found, _ = value.partition("://")
-        if found and scheme not in SCHEMES:
+        if not found or scheme == "file":
+            return value
+        if scheme not in SCHEMES:
             raise ValueError(f"expected {', '.join(SCHEMES)}, got {scheme!r}")
+        parts = urlsplit(value)
+        if not parts.netloc:
+            raise ValueError(f"expected a host after {scheme}://")
+        try:
+            port = parts.port
+        except ValueError:
+            raise ValueError("expected a port from 0 to 65535") from None
+        if port is None and scheme in PORTED:
+            raise ValueError(f"expected {scheme}://host:port")
         return value
 
     @property
@@ -75,7 +104,7 @@ class MediaSource(BaseModel):
 
     @property
     def live(self) -> bool:
-        """Whether it is a URL: it is opened again when it breaks."""
+        """Whether it is a URL; one that turns out to have an end is heard once, like a file."""
         return "://" in self.url and not self.url.startswith("file:")
 
     def channels(self) -> list[Source]:
@@ -90,8 +119,9 @@ class MediaSource(BaseModel):
         """Open it → its blocks.
 
         Raises:
-            SourceError: PyAV is not installed, or a file cannot be read. A URL that is not there
-                yet is waited for.
+            SourceError: PyAV is not installed, or a file cannot be read. Iterating raises it where
+                a URL is not what can be played (no audio, no such channel, no decoder, refused);
+                one that is not there yet is waited for.
         """
         line = Line(self.name, self.buffer_ms)
         async with _reading(self, [line]), line.open() as blocks:
@@ -162,6 +192,10 @@ class _Channel:
             await self._shared.leave()
 
 
+class _Unusable(ValueError):
+    """What was opened can never be heard."""
+
+
 class _Reader:
     """The thread's work; everything but `stopped` is the thread's."""
 
@@ -170,10 +204,16 @@ class _Reader:
     ) -> None:
         self.stopped = threading.Event()
         self._settings, self._lines, self._loop = settings, lines, loop
+        scheme = settings.url.partition("://")[0]
+        self._patient = not settings.live or scheme in PATIENT
         self._container: Any = None
+        self._ever = False  # whether anything was heard
+        self._finite = False  # whether it has an end, and no clock but its own
         self._heard = monotonic()
         """When the last samples came."""
         self._interrupted = False
+        self._backlog: list[NDArray[np.float32]] = []  # bound: what comes in `_BACKLOG_S`
+        self._back = 0.0  # when the first of it came
 
     def prepare(self) -> None:
         """Import the driver; open what is no live URL.
@@ -199,23 +239,29 @@ class _Reader:
 
         settings, failures = self._settings, 0
         while not self.stopped.is_set():
+            self._finite = not settings.live
             try:
                 container = self._container or self._open()
                 self._container = None
                 with container:
+                    self._finite = self._finite or _finite(container)
                     if failures:
                         log.info("source is back", source=settings.name)
-                    for samples in self._decode(container):
+                    for lost, samples in self._decode(container):
                         failures = 0
-                        self._give(samples)
+                        self._take(lost, samples)
+                self._bring_out()
                 reason = "it ended"
+                if self._finite:
+                    break
             except (av.error.FFmpegError, OSError, ValueError) as error:
+                self._bring_out()
                 reason = _reason(error)
-                if not settings.live:
+                if self._finite or (not self._ever and _hopeless(error)):
                     for line in self._lines:
                         self._call(partial(line.fail, f"{settings.name}: {reason}"))
                     return
-            if not settings.live:
+            if self.stopped.is_set():
                 break
             if not self._interrupted:
                 self._interrupted = True
@@ -231,66 +277,175 @@ class _Reader:
     def _open(self) -> Any:
         import av
 
-        timeout = self._settings.timeout_s if self._settings.live else None
-        container = av.open(
-            self._settings.url, mode="r", options=dict(self._settings.options), timeout=timeout
-        )
-        if not container.streams.audio:
+        settings = self._settings
+        timeout = settings.timeout_s if settings.live else None
+        container = av.open(settings.url, mode="r", options=dict(settings.options), timeout=timeout)
+        if problem := _problem(container):
             container.close()
-            raise ValueError("expected a stream of audio, found none")
+            raise _Unusable(problem)
         return container
 
-    def _decode(self, container: Any) -> Iterator[NDArray[np.float32]]:
-        """Blocks [n, C] float32 at 16 kHz, C as many as there are lines."""
+    def _decode(self, container: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """→ samples lost before, and [n, C] float32 at 16 kHz, C as many as there are lines."""
+        import av.error
         from av.audio.resampler import AudioResampler
 
-        resampler = None
-        for frame in container.decode(audio=0):
+        form: Any = None
+        planar: Any = None
+        resamplers: list[Resampler] = []
+        origin: float | None = None  # the timestamp of this connection's first sample
+        told_s = 0.0  # heard or lost since
+        damaged = whole = 0
+        for packet in container.demux(container.streams.audio[0]):
             if self.stopped.is_set():
                 return
-            if resampler is None:
-                count = frame.layout.nb_channels
-                wanted = len(self._lines) if len(self._lines) > 1 else self._settings.channel
-                if wanted is not None and wanted >= count + (len(self._lines) > 1):
-                    raise ValueError(f"expected more than {wanted} channels, got {count}")
-                keep = self._settings.channel is not None or len(self._lines) > 1
-                layout = frame.layout.name if keep else "mono"
-                resampler = AudioResampler(format="fltp", layout=layout, rate=SAMPLE_RATE)
-            for each in resampler.resample(frame):
-                yield np.ascontiguousarray(each.to_ndarray().T, np.float32)
-        if resampler is not None:
-            for each in resampler.resample(None):
-                yield np.ascontiguousarray(each.to_ndarray().T, np.float32)
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                damaged += 1  # timestamps say how much is missing
+                continue
+            for frame in frames:
+                whole += 1
+                rate = int(frame.sample_rate)
+                now_form = (rate, frame.layout.name, frame.format.name)
+                if now_form != form:
+                    if resamplers:
+                        yield 0, _columns([each.flush() for each in resamplers])
+                    form = now_form
+                    planar = AudioResampler(format="fltp", layout=frame.layout, rate=rate)
+                    resamplers = [Resampler(rate) for _ in self._lines]
+                lost = 0
+                if frame.time is not None:
+                    ahead = 0.0 if origin is None else frame.time - origin - told_s
+                    # Told by the clock as well: while nothing is lost, time stands still for it.
+                    most = ahead if self._finite else monotonic() - self._heard
+                    if origin is None or ahead < -_REBASED_S or ahead > most + _REBASED_S:
+                        origin = frame.time - told_s
+                    elif ahead > _SLACK_S:
+                        yield 0, _columns([each.flush() for each in resamplers])
+                        resamplers = [Resampler(rate) for _ in self._lines]
+                        lost = round(ahead * SAMPLE_RATE)
+                        told_s += ahead
+                for each in planar.resample(frame):
+                    told_s += each.samples / rate
+                    heard = self._channels(np.asarray(each.to_ndarray(), np.float32))
+                    made = [r.step(column) for r, column in zip(resamplers, heard, strict=True)]
+                    yield lost, _columns(made)
+                    lost = 0
+        if resamplers:
+            yield 0, _columns([each.flush() for each in resamplers])
+        if damaged:
+            log.warning("source is damaged", source=self._settings.name, packets=damaged)
+            if not whole:
+                raise _Unusable("none of its audio can be decoded")
 
-    def _give(self, samples: NDArray[np.float32]) -> None:
-        """samples: [n, C]"""
+    def _channels(self, planes: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """planes: [channels, n] → [n] for each line."""
+        apart, channel = len(self._lines), self._settings.channel
+        count = len(planes)
+        if apart > 1:
+            if apart > count:
+                raise _Unusable(f"apart: {apart}: there are {count} channels")
+            return list(planes[:apart])
+        if channel is None:
+            return [planes[0] if count == 1 else planes.mean(axis=0, dtype=np.float32)]
+        if channel >= count:
+            raise _Unusable(f"channel {channel}: there are {count}; expected 0 to {count - 1}")
+        return [planes[channel]]
+
+    def _take(self, lost: int, samples: NDArray[np.float32]) -> None:
+        """After an interruption the backlog is gathered first: it tells when the audio began."""
         now = monotonic()
-        lost = 0
-        if self._interrupted:
-            lost = max(round((now - self._heard) * SAMPLE_RATE) - len(samples), 0)
-            self._interrupted = False
+        self._ever = True
+        if not self._interrupted:
+            self._heard = now
+            self._give(lost, samples)
+            return
+        if not self._backlog:
+            self._back = now
+        self._backlog.append(
+            np.concatenate([np.zeros((lost, samples.shape[1]), np.float32), samples])
+        )
+        if now - self._back >= _BACKLOG_S:
+            self._bring_out()
+
+    def _bring_out(self) -> None:
+        """What was gathered after an interruption, and before it what the clock says is missing."""
+        if not self._backlog:
+            return
+        now = monotonic()
+        samples = np.concatenate(self._backlog)
+        self._backlog.clear()
+        self._interrupted = False
+        away = max(round((now - self._heard) * SAMPLE_RATE) - len(samples), 0)
         self._heard = now
+        self._give(away, samples)
+
+    def _give(self, lost: int, samples: NDArray[np.float32]) -> None:
+        """samples: [n, C]"""
         for index, line in enumerate(self._lines):
-            channel = self._settings.channel or index
-            mono = samples[:, min(channel, samples.shape[1] - 1)]
             if lost:
                 self._call(partial(line.lose, lost, "network"))
-            if self._settings.live:
+            mono = np.ascontiguousarray(samples[:, index])
+            if not self._patient:
                 self._call(partial(line.feed, mono))
             elif not self.stopped.is_set():
-                waiting = asyncio.run_coroutine_threadsafe(line.put(mono), self._loop)
-                while not self.stopped.is_set():
-                    try:
-                        waiting.result(0.2)
-                        break
-                    except TimeoutError:
-                        continue
+                self._put(line, mono)
+
+    def _put(self, line: Line, mono: NDArray[np.float32]) -> None:
+        try:
+            waiting = asyncio.run_coroutine_threadsafe(line.put(mono), self._loop)
+        except RuntimeError:  # the loop is gone
+            self.stopped.set()
+            return
+        while not self.stopped.is_set():
+            with suppress(TimeoutError):
+                waiting.result(0.2)
+                return
 
     def _call(self, call: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop is gone
             self.stopped.set()
+
+
+def _columns(channels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """C times [n] → [n, C]"""
+    return np.stack(channels, axis=1)
+
+
+def _problem(container: Any) -> str | None:
+    """Why it can never be heard."""
+    if not container.streams.audio:
+        return "expected a stream of audio, found none"
+    if container.streams.audio[0].codec_context is None:
+        return "FFmpeg has no decoder for its audio"
+    return None
+
+
+def _finite(container: Any) -> bool:
+    """Whether a URL is a file somebody serves: its size is known, or its playlist is complete."""
+    if container.format.name in {"hls", "dash"}:
+        return container.duration is not None
+    return str(container.name).startswith("http") and container.size > 0
+
+
+def _hopeless(error: Exception) -> bool:
+    """Whether waiting changes nothing."""
+    import av.error
+
+    return isinstance(
+        error,
+        _Unusable
+        | av.error.ProtocolNotFoundError
+        | av.error.DemuxerNotFoundError
+        | av.error.DecoderNotFoundError
+        | av.error.OptionNotFoundError
+        | av.error.HTTPBadRequestError
+        | av.error.HTTPUnauthorizedError
+        | av.error.HTTPForbiddenError,
+    )
 
 
 def _reason(error: Exception) -> str:

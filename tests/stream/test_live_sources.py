@@ -1,11 +1,16 @@
 """Sources that bring audio over the network, each with a real sender."""
 
 import asyncio
+import http.server
 import shutil
 import socket
 import struct
 import subprocess
+import threading
 import warnings
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +79,38 @@ def level(samples):
     return float(np.sqrt(np.mean(samples**2)))
 
 
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Files with their length, as a web server has them."""
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        if self.path == "/forbidden":
+            return self.send_error(403)
+        return super().send_head()
+
+
+@pytest.fixture
+def served():
+    """A folder → its URL."""
+    servers = []
+
+    def serve(folder):
+        handler = partial(Files, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @ffmpeg
 class TestMedia:
     async def test_a_file_says_what_libsndfile_says(self, checkpoint, tone):
@@ -114,30 +151,31 @@ class TestMedia:
             retry_longest_s=0.1,
         )
         url = f"tcp://127.0.0.1:{port}"
-        loop, told = asyncio.get_running_loop(), []
+        loop, total = asyncio.get_running_loop(), 0
         async with asyncio.timeout(60), source.open() as blocks:
             with Sender("-i", tone, "-f", "wav", url) as sender:
                 while sender.process.poll() is not None:
                     await asyncio.sleep(0.05)
                     sender.start()
-                got, broke, back = 0, None, None
-                starting = None
+                first = broke = gap = starting = None
                 async for block in blocks:
-                    told.append(block)
-                    got += len(block.samples)
-                    if broke is None and got > SAMPLE_RATE:
+                    now = loop.time()
+                    first = first or now
+                    total += block.lost + len(block.samples)
+                    if block.lost:
+                        gap, back = block, now
+                    # What FFmpeg read to know the format comes at once: wait until it has.
+                    if broke is None and now - first > 1:
                         await asyncio.to_thread(sender.kill)
-                        broke = loop.time()
+                        broke, before = now, total
                         starting = asyncio.create_task(self.again(sender))
-                    if broke is not None and block.lost:
-                        back = loop.time()
+                    elif gap is not None and now - back > 1:
                         break
-                assert starting is not None
                 await starting
-        assert back is not None
-        (gap,) = [block for block in told if block.lost]
         assert gap.reason == "network"
-        assert gap.lost / SAMPLE_RATE == pytest.approx(back - broke, abs=1.5)
+        assert gap.lost > 0
+        # The gap and what came after it fill the time: no more, no less.
+        assert (total - before) / SAMPLE_RATE == pytest.approx(now - broke, abs=0.5)
 
     @staticmethod
     async def again(sender):
@@ -182,6 +220,104 @@ class TestMedia:
         mono = {"a": {"kind": "file", "path": "stream/demo/meeting.flac", "channel": 1}}
         with pytest.raises(SourceError, match="channel 1: the file has 1; expected 0 to 0"):
             await run(config(checkpoint, mono))
+
+    async def test_a_url_that_has_an_end_is_heard_once_and_whole(self, tone, tmp_path, served):
+        given, _ = await asyncio.to_thread(soundfile.read, tone, dtype="float32")
+        await asyncio.to_thread(
+            soundfile.write, tmp_path / "a.wav", given, SAMPLE_RATE, subtype="PCM_16"
+        )
+        source = MediaSource(url=f"{served(tmp_path)}/a.wav", buffer_ms=500)
+        blocks = await self.all(source)
+        assert sum(block.lost for block in blocks) == 0
+        assert np.array_equal(np.concatenate([block.samples for block in blocks]), given)
+
+    @staticmethod
+    async def all(source):
+        async with asyncio.timeout(60), source.open() as blocks:
+            return [block async for block in blocks]
+
+    async def test_what_is_missing_in_a_stream_is_a_gap_where_it_is_missing(self, tone, tmp_path):
+        """MPEG-TS with a hole of three seconds, as UDP would leave it."""
+        whole, holed = tmp_path / "a.ts", tmp_path / "b.ts"
+        command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tone, "-c:a", "aac", whole]
+        await asyncio.to_thread(subprocess.run, command, check=True)
+        data = whole.read_bytes()
+        packets = len(data) // 188
+        cut = slice(packets // 2 * 188, (packets // 2 + packets * 3 // 20) * 188)
+        holed.write_bytes(data[: cut.start] + data[cut.stop :])
+        expected = await self.all(MediaSource(url=str(whole)))
+        told = await self.all(MediaSource(url=str(holed)))
+        lost = [block for block in told if block.lost]
+        assert {block.reason for block in lost} == {"network"}
+        assert sum(block.lost for block in lost) / SAMPLE_RATE == pytest.approx(3, abs=0.3)
+        total = sum(block.lost + len(block.samples) for block in told)
+        wanted = sum(len(block.samples) for block in expected)
+        assert total / SAMPLE_RATE == pytest.approx(wanted / SAMPLE_RATE, abs=0.05)
+        # After the hole the same audio is at the same place as without it.
+        tail = np.concatenate([block.samples for block in told])[-4 * SAMPLE_RATE :]
+        same = np.concatenate([block.samples for block in expected])[-4 * SAMPLE_RATE :]
+        assert level(tail - same) < 0.1 * level(same)
+
+    async def test_damage_is_skipped_and_counted(self, tone, tmp_path):
+        path = tmp_path / "a.flac"
+        given, _ = await asyncio.to_thread(soundfile.read, tone, dtype="float32")
+        await asyncio.to_thread(soundfile.write, path, given, SAMPLE_RATE, subtype="PCM_16")
+        data = bytearray(path.read_bytes())
+        middle = len(data) // 2
+        data[middle : middle + 20_000] = bytes(20_000)
+        path.write_bytes(data)
+        blocks = await self.all(MediaSource(url=str(path)))
+        total = sum(block.lost + len(block.samples) for block in blocks)
+        assert any(block.lost for block in blocks)
+        assert total / SAMPLE_RATE == pytest.approx(20, abs=0.3)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("v.mp4", "expected a stream of audio"), ("forbidden", "403 Forbidden")],
+    )
+    async def test_a_url_that_can_never_be_heard_is_one_error(
+        self, tmp_path, served, name, message
+    ):
+        silent = ["-f", "lavfi", "-i", "testsrc=duration=1", "-c:v", "mpeg4", tmp_path / "v.mp4"]
+        command = ["ffmpeg", "-nostdin", "-loglevel", "error", *silent]
+        await asyncio.to_thread(subprocess.run, command, check=True)
+        with pytest.raises(SourceError, match=message):
+            await self.all(MediaSource(url=f"{served(tmp_path)}/{name}"))
+
+    async def test_a_channel_that_is_not_there_is_one_error(self, tone, served):
+        url = f"{served(Path(tone).parent)}/tone.wav"
+        for keys, message in (
+            ({"channel": 1}, "channel 1: there are 1; expected 0 to 0"),
+            ({"url": tone, "channel": 3}, "channel 3: there are 1"),
+        ):
+            with pytest.raises(SourceError, match=message):
+                await self.all(MediaSource(**{"url": url, **keys}))
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("gopher://x", "got 'gopher'"),
+            ("rtsp://", "expected a host after rtsp://"),
+            ("udp://127.0.0.1", "expected udp://host:port"),
+            ("http://x:99999/", "expected a port from 0 to 65535"),
+        ],
+    )
+    def test_a_url_that_makes_no_sense_is_said_at_once(self, url, message):
+        with pytest.raises(ValueError, match=message):
+            MediaSource(url=url)
+
+    async def test_closing_does_not_wait_for_a_sender_that_says_nothing(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            source = MediaSource(url=f"http://127.0.0.1:{port}/", timeout_s=6)
+            async with asyncio.timeout(5), source.open() as blocks:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        await anext(blocks)
+            for thread in threading.enumerate():  # and it ends by itself
+                if thread.name == "media":
+                    await asyncio.to_thread(thread.join, 10)
+                    assert not thread.is_alive()
 
     def test_a_password_in_the_url_is_not_told(self):
         assert MediaSource(url="rtsp://u:hush@cam/x?t=hush").name == "av:rtsp://cam/x"
