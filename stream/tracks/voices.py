@@ -126,7 +126,7 @@ class Voices:
         self._names = gallery.names
         self._vectors = self._unit(vectors)
         self._cohort = None
-        if gallery.cohort is not None and self.settings.cohort:
+        if gallery.names and gallery.cohort is not None and self.settings.cohort:
             self._cohort = Cohort(self._unit(gallery.cohort), self.settings.cohort)
             self._people = self._cohort.of(self._vectors)
 

@@ -122,6 +122,11 @@ def test_nobody_enrolled_nobody_told():
     assert tracks.step(Frames(start=300 * 320)) == []
 
 
+def test_with_a_cohort_and_nobody_enrolled_nothing_is_decided():
+    nobody = Gallery((), np.zeros((0, 0), np.float32), cohort=np.asarray(PEOPLE, np.float32))
+    assert told(run([Talk(0, 10, 200)], 300, nobody)) == []
+
+
 class TestCohort:
     """A score is a surprise beside what strangers get."""
 
