@@ -47,7 +47,6 @@ CREATE TABLE numbers (
 ) STRICT;
 """
 
-
 _NOTE: Final = (
     "INSERT INTO numbers VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET seq = max(seq, excluded.seq)"
 )
@@ -173,9 +172,8 @@ class Survival:
             ) from error
         try:
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute(
-                "PRAGMA synchronous = NORMAL"
-            )  # survives the process, which is the aim
+            # Survives the process, which is the aim; the machine's end may cost the last moments.
+            database.execute("PRAGMA synchronous = NORMAL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
@@ -183,6 +181,8 @@ class Survival:
                 raise SurvivalError(  # noqa: TRY301 - one more answer to "what is this file"
                     f"session.state: {self._path}: version {version}, expected {VERSION}"
                 )
+            with database:  # numbers of sessions that were never saved
+                database.execute("DELETE FROM numbers WHERE id NOT IN (SELECT id FROM sessions)")
             rows = database.execute(
                 "SELECT id, stream, token, source, called, taken, received, saved, seq, data "
                 "FROM sessions JOIN numbers USING (id) ORDER BY saved"

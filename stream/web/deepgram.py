@@ -237,7 +237,8 @@ class _Conversation:
     def _tell(self, channel: int, event: Event) -> None:
         match event:
             case SpeechStarted() if self._vad:
-                self._put({"type": "SpeechStarted", "channel": [channel], "timestamp": event.start})
+                index = [channel, len(self._forms)]
+                self._put({"type": "SpeechStarted", "channel": index, "timestamp": event.start})
             case TranscriptPartial() if self._interim and event.words:
                 self._release(channel, speech_final=False)
                 self._put(self._results(channel, event, final=False))
@@ -248,7 +249,7 @@ class _Conversation:
             case SpeechEnded():
                 self._release(channel, speech_final=True)
                 if self._utterances and channel in self._last_word:
-                    index = [channel, len(self.calls)]
+                    index = [channel, len(self._forms)]
                     end = self._last_word.pop(channel)
                     self._put({"type": "UtteranceEnd", "channel": index, "last_word_end": end})
             case SessionClosed():
@@ -260,9 +261,9 @@ class _Conversation:
         for channel, call in enumerate(self.calls):
             if channel not in self._finalizing:
                 self._finalizing.add(channel)
-                call.line.flush(partial(self._finalized, channel, call))
+                call.line.flush(partial(self._finalized, channel))
 
-    def _finalized(self, channel: int, call: Call) -> None:
+    def _finalized(self, channel: int) -> None:
         """Everything heard before a Finalize has been told."""
         if channel in self._held:
             self._release(channel, speech_final=True)
@@ -270,7 +271,6 @@ class _Conversation:
             nothing = self._result(channel, 0.0, 0.0, "", [], final=True, speech_final=True)
             self._put(nothing | {"from_finalize": True})
         self._finalizing.discard(channel)
-        del call
 
     def _release(self, channel: int, *, speech_final: bool) -> None:
         event = self._held.pop(channel, None)
@@ -311,7 +311,7 @@ class _Conversation:
         sure = float(np.mean([word["confidence"] for word in words])) if words else 0.0
         return {
             "type": "Results",
-            "channel_index": [channel, len(self.calls)],
+            "channel_index": [channel, len(self._forms)],
             "start": start,
             "duration": duration,
             "is_final": final,

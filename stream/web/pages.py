@@ -150,7 +150,7 @@ async def _write(settings: SinkSettings, events: list[Event]) -> None:
                 await sink.send(event)
 
 
-class Headed:
+class SecurityHeaders:
     """An application whose every response carries our headers.
 
     Args:

@@ -21,7 +21,7 @@ from stream.web.deepgram import Listen
 from stream.web.feed import Events
 from stream.web.gate import Gate, Guard
 from stream.web.health import Probes
-from stream.web.pages import Headed, Pages, files
+from stream.web.pages import Pages, SecurityHeaders, files
 from stream.web.people import People
 from stream.web.twilio import Twilio
 
@@ -68,7 +68,7 @@ def application(settings: ServerSettings, desk: Desk, calls: Calls) -> Starlette
         WebSocketRoute("/v1/twilio", twilio.websocket),
     ]
     guard = Middleware(Guard, gate=gate, open_paths=OPEN_PATHS, plain_paths={"/v1/listen"})
-    return Starlette(routes=routes, middleware=[Middleware(Headed), guard])
+    return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), guard])
 
 
 async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) -> None:

@@ -142,6 +142,21 @@ class TestMedia:
             samples, _ = await heard(MediaSource(url=url, retry_first_s=0.05), 2)
         assert level(samples) > 0.05
 
+    async def test_rtsp(self, tone):
+        url = f"rtsp://127.0.0.1:{free_port()}/live"
+        options = {"rtsp_flags": "listen", "listen_timeout": "5", "rtsp_transport": "tcp"}
+        source = MediaSource(url=url, options=options, retry_first_s=0.05)
+        push = ("-i", tone, "-c:a", "aac", "-rtsp_transport", "tcp", "-f", "rtsp", url)
+        async with asyncio.timeout(60):
+            hearing = asyncio.create_task(heard(source, 2))
+            with Sender(*push) as sender:
+                while not hearing.done():
+                    await asyncio.sleep(0.1)
+                    if sender.process.poll() is not None:  # nobody listened yet
+                        sender.start()
+        samples, _ = await hearing
+        assert level(samples) > 0.05
+
     async def test_a_sender_that_comes_back_is_a_gap_of_the_length_it_was_away(self, tone):
         port = free_port()
         source = MediaSource(

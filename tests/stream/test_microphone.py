@@ -75,7 +75,10 @@ absent = pytest.mark.skipif(
 
 
 class FakeMicrophone:
-    """A PulseAudio of our own whose only microphone is a FIFO."""
+    """A PulseAudio of our own whose only microphone is a FIFO.
+
+    It hears a ramp, and what has two channels hears it falling in the second.
+    """
 
     OPTIONS = (
         "--daemonize=no",
@@ -84,8 +87,9 @@ class FakeMicrophone:
         "--disable-shm=true",
     )
 
-    def __init__(self, folder):
+    def __init__(self, folder, channels=1):
         self.folder = folder
+        self.channels = channels
         self.env = {
             **os.environ,
             "HOME": str(folder),
@@ -93,8 +97,8 @@ class FakeMicrophone:
             "PULSE_STATE_PATH": str(folder),
         }
         self.module = (
-            f"module-pipe-source source_name=mic0 file={folder}/mic0 rate=16000 channels=1 "
-            "format=s16le"
+            f"module-pipe-source source_name=mic0 file={folder}/mic0 rate=16000 "
+            f"channels={channels} format=s16le"
         )
         self.spoken = 0  # samples fed so far
         self._feeding = threading.Event()
@@ -155,8 +159,9 @@ class FakeMicrophone:
         try:
             while self._feeding.is_set():
                 ramp = (np.arange(self.spoken, self.spoken + 320) % 30_000 + 1).astype("<i2")
+                frames = np.stack([ramp, -ramp][: self.channels], 1)
                 try:
-                    os.write(fifo, ramp.tobytes())
+                    os.write(fifo, frames.tobytes())
                 except BlockingIOError:
                     pass
                 else:
@@ -182,9 +187,9 @@ class FakeMicrophone:
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
+def fake(tmp_path, monkeypatch, request):
     sounddevice = pytest.importorskip("sounddevice", reason="the microphone needs sounddevice")
-    with FakeMicrophone(tmp_path) as fake:
+    with FakeMicrophone(tmp_path, getattr(request, "param", 1)) as fake:
         monkeypatch.setenv("PULSE_SERVER", f"unix:{tmp_path}/native")
         monkeypatch.setenv("PULSE_SOURCE", "mic0")
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -216,6 +221,36 @@ async def test_samples_arrive_bit_for_bit(fake):
     assert (np.diff(ramp(heard)) % 30_000 == 1).all()
     assert all(block.lost == 0 and block.reason is None for block in heard)
     assert all(b.captured > a.captured for a, b in pairwise(heard))
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("fake", [2], indirect=True)
+async def test_one_channel_of_two_is_heard_alone(fake):
+    fake.speak()
+    async with MicrophoneSource(device="pulse", channel=1).open() as blocks:
+        heard = await hear(blocks, 8_000)
+    falling = -ramp(heard)
+    assert (np.diff(falling) % 30_000 == 1).all()
+
+
+@absent
+@pytest.mark.mic
+async def test_a_device_that_has_no_16_khz_is_resampled(fake, monkeypatch):
+    import sounddevice
+
+    def refuse(**_):
+        raise sounddevice.PortAudioError("Invalid sample rate")
+
+    monkeypatch.setattr(sounddevice, "check_input_settings", refuse)
+    fake.speak()
+    async with MicrophoneSource(device="pulse", correct_drift=False).open() as blocks:
+        heard = await hear(blocks, 24_000)
+    assert [device.rate for device in list_devices() if device.name == "pulse"] == [44_100]
+    # The ramp rises as fast as it was spoken, but for the ringing where it falls.
+    steps = np.diff(ramp(heard)[4_000:])
+    assert np.mean(np.abs(steps - 1) <= 1) > 0.95
+    assert all(block.lost == 0 for block in heard)
 
 
 async def until_stopped(blocks):

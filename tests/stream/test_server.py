@@ -340,6 +340,7 @@ class TestDeepgram:
         assert kinds[-1] == "Metadata"
         assert said[-1].duration == pytest.approx(len(speech) / SAMPLE_RATE, abs=1e-3)
         assert {"Results", "SpeechStarted"} <= set(kinds)
+        assert {tuple(e.channel) for e in said if e.type == "SpeechStarted"} == {(0, 1)}
         results = [each for each in said if each.type == "Results"]
         done = [each for each in results if each.is_final]
         interim = [each for each in results if not each.is_final]
