@@ -21,7 +21,7 @@ from stream.engine import EngineFull
 from stream.resample import Resampler
 from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder, PcmFormat
-from stream.sources.source import Intake, Resumed, SourceError
+from stream.sources.source import Intake, Resumed, Returns, SourceError
 
 log = structlog.get_logger(__name__)
 
@@ -130,6 +130,7 @@ class Call:
         self.closed = False
         self.attached = True
         self._resume_s = resume_s
+        self.returns: Returns = "token" if resume_s > 0 else "never"
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._over = asyncio.Event()
         self._parked: asyncio.TimerHandle | None = None
@@ -299,7 +300,9 @@ class Calls:
 
         failure: Exception | None = None
         try:
-            await self._intake.stream(call.name, call.line, tap=both, resume=resume)
+            await self._intake.stream(
+                call.name, call.line, tap=both, resume=resume, returns=call.returns
+            )
         except (SourceError, EngineFull) as error:
             failure = error
             log.warning("refused", stream=call.name, error=str(error))

@@ -268,10 +268,11 @@ def config_show(
     """Print a configuration with every default filled in; secrets stay hidden."""
     import yaml
 
-    from stream.config import load
+    from stream.config import load, without_credentials
 
     tree = load(file).model_dump(mode="json")
-    out.print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="", markup=False)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    out.print(without_credentials(text), end="", markup=False)
 
 
 @configuration.command("schema")

@@ -34,6 +34,10 @@ class ConfigError(Exception):
     """The configuration cannot be used: file, key, what was given and what was expected."""
 
 
+_TALKATIVE: Final = ("httpx", "httpcore", "websockets", "aiokafka", "nats", "multipart")
+"""Libraries that log whole URLs or headers, which may hold secrets, below warnings."""
+
+
 class LogSettings(BaseModel):
     """What the process says about itself, on standard error."""
 
@@ -75,6 +79,8 @@ class LogSettings(BaseModel):
             cache_logger_on_first_use=False,
         )
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 class SessionSettings(BaseModel):
@@ -203,6 +209,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _VARIABLE: Final = re.compile(r"\$(\$(?=\{)|\{(?P<name>[^}]*)\})")
+_USERINFO: Final = re.compile(r"//[^/@\s'\"]*@")
+_HUSH: Final = re.compile(r"password|secret|token|header|credential|bearer")
 
 
 def _expand(value: Any, key: tuple[str, ...], where: str) -> Any:
@@ -233,7 +241,7 @@ def _explain(error: ErrorDetails) -> str:
     """One error of pydantic's → ``key.path: given, expected``."""
     keys, model = _locate(error["loc"])
     key = ".".join(keys) or "all of it"
-    given = _short(error["input"])
+    given = _given(keys, error["input"])
     kind = error["type"]
     if kind == "extra_forbidden":
         known = _fields(model)
@@ -257,7 +265,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"{key}: expected a name without '/' and control characters, up to 128 long"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
     message = message.replace("should be", "expected", 1).replace("should", "expected to", 1)
-    return f"{key}: {message}" if "got " in message else f"{key}: got {given}, {message}"
+    text = f"{key}: {message}" if "got " in message else f"{key}: got {given}, {message}"
+    return without_credentials(text)
 
 
 def _locate(loc: Sequence[int | str]) -> tuple[list[str], Any]:
@@ -339,6 +348,18 @@ def _described(annotation: Any, name: str) -> str:
     return (field.description or f"a {getattr(field.annotation, '__name__', 'value')}").rstrip(".")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def without_credentials(text: str) -> str:
+    """The text with no user and password in any URL."""
+    return _USERINFO.sub("//…@", text)
+
+
+def _given(keys: Sequence[str], value: Any) -> str:
+    """A value as an error shows it, if it may be shown: errors end up in logs."""
+    if any(_HUSH.search(key) for key in keys):
+        return "a value that is not shown"
+    if isinstance(value, Mapping):
+        names = cast("Mapping[Any, Any]", value)
+        text = "{" + ", ".join(f"{name}: …" for name in names) + "}"
+    else:
+        text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from operator import attrgetter
 from time import monotonic, time
@@ -24,16 +25,16 @@ from stream import clock
 from stream.batcher import Batcher, Batches, Ready
 from stream.chunker import Chunker
 from stream.config import Config, ConfigError
-from stream.engine import Engine, EngineFull
+from stream.engine import Engine, EngineError, EngineFull
 from stream.enrolment import LEAST_S
 from stream.fanout import Fanout
-from stream.feed import Feed
+from stream.feed import Entry, Feed
 from stream.metrics import Histogram
 from stream.server import Status
 from stream.session import Health, Session, Stamp
 from stream.sources.apart import Apart, Multichannel
 from stream.sources.line import Line
-from stream.sources.source import Block, Listener, Resumed, Source, SourceError
+from stream.sources.source import Block, Listener, Resumed, Returns, Source, SourceError
 from stream.supervisor import Supervisor
 from stream.survival import Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
@@ -276,11 +277,12 @@ class House:
                 for name, listener in listeners.items()
             ]
             beside = [
-                group.create_task(self._close_unclaimed(), name="unclaimed"),
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
                 group.create_task(self._tell_of_trouble(), name="trouble"),
             ]
+            if self.survival is not None:
+                beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
             if reload is not None:
                 beside.append(group.create_task(self._reload(reload), name="reload"))
             self.supervisor.ready()
@@ -335,7 +337,7 @@ class House:
                 self.settings = settings
                 self.config.log.configure()
                 await self.look_again()
-            except (ConfigError, VoiceprintError) as error:
+            except Exception as error:  # noqa: BLE001 - a sink of somebody else's may raise anything
                 log.error("not reloaded", error=str(error))  # noqa: TRY400 - it is the user's file
             else:
                 log.info("reloaded", changed=[key for key in changed if key in RELOADED])
@@ -364,14 +366,19 @@ class House:
         *,
         tap: OnEvent | None = None,
         resume: Resumed | None = None,
+        returns: Returns = "never",
     ) -> None:
         """A listener's caller: see `Intake.stream`."""
         slot = self.engine.acquire()
         try:
             async with source.open() as blocks:
-                await self._session_over(
-                    name, source, blocks, slot, tap, called=True, resume=resume
+                if returns == "name":
+                    resume = self._survivor_of(name)
+                failure = await self._session_over(
+                    name, source, blocks, slot, tap, returns=returns, resume=resume
                 )
+                if failure is not None and returns == "name":
+                    self.failures.append(failure)
         finally:
             self.engine.release(slot)
 
@@ -465,9 +472,16 @@ class House:
             return None
         return self.survivors.pop(token)
 
+    def give_back(self, survivor: Survivor) -> None:
+        """See `Desk.give_back`."""
+        self.survivors[survivor.token] = survivor
+
     async def _close_unclaimed(self) -> None:
         """End the sessions of an earlier process that nobody has gone on with in time."""
-        while self.survivors:
+        while True:
+            if not self.survivors:
+                await asyncio.sleep(1.0)  # one that was claimed may be given back
+                continue
             oldest = min(self.survivors.values(), key=attrgetter("saved"))
             left_s = oldest.saved + self.config.session.resume_s - time()
             if left_s > 0:
@@ -488,7 +502,7 @@ class House:
         slot = self.engine.acquire()
         try:
             failure = await self._session_over(
-                name, source, blocks, slot, None, called=False, resume=self._survivor_of(name)
+                name, source, blocks, slot, None, returns="name", resume=self._survivor_of(name)
             )
             if failure is not None:
                 self.failures.append(failure)
@@ -497,7 +511,8 @@ class House:
 
     def _survivor_of(self, name: str) -> Resumed | None:
         for token, survivor in self.survivors.items():
-            if survivor.stream == name and not survivor.called:
+            late = time() - survivor.saved > self.config.session.resume_s
+            if survivor.stream == name and not survivor.called and not late:
                 del self.survivors[token]
                 return survivor.resumed(exact=False)
         return None
@@ -510,7 +525,7 @@ class House:
         slot: int,
         tap: OnEvent | None,
         *,
-        called: bool,
+        returns: Returns,
         resume: Resumed | None,
     ) -> str | None:
         """One session, from its source's first block to `session.closed`.
@@ -519,7 +534,8 @@ class House:
             Why the source failed, if it did.
         """
         session = self._session(name, source, slot, resume)
-        live = Live(session, source.name, called, source.live, tap)
+        called = returns != "name"
+        live = Live(session, source.name, called, source.live and returns != "never", tap)
         self.sessions += 1
         if resume is not None:
             try:
@@ -555,6 +571,10 @@ class House:
         live.position = resume.taken
         if resume.next_seq is not None:
             session.skip_to(resume.next_seq)
+        saved = datetime.fromtimestamp(resume.saved, UTC).isoformat()
+        entry = Entry(session.id, session.stream_id, live.source, saved, next_seq=session.seq)
+        entry.audio_s = clock.seconds(session.received)
+        self.feed.resumed(entry)
         if resume.began is not None:
             resume.began()
         log.info("session goes on", stream=session.stream_id, session=session.id)
@@ -577,11 +597,21 @@ class House:
             log.error("source failed", stream=session.stream_id, error=failure)  # noqa: TRY400 - one line
             await self._emit(live, lambda: session.failed("source.failed", str(failure)))
             reason = "error"
+        except EngineError:
+            raise
+        except Exception as error:
+            # A fault of ours in one conversation must not end the others.
+            failure = f"{session.stream_id}: {type(error).__name__}: {error}"
+            log.exception("session failed", stream=session.stream_id, session=session.id)
+            session.abandon()
+            await self._emit(live, lambda: session.failed("internal", "an internal error"))
+            reason = "error"
         if reason == "stopped" and self._outlives(live):
             await self._save(live)
             log.info("session kept", stream=session.stream_id, session=session.id)
         else:
-            await self._advance(live, session.close())
+            if not session.abandoned:
+                await self._advance(live, session.close())
             await self._emit(live, lambda: session.closed(reason))
             if self.survival is not None:
                 await self.survival.forget(session.id)

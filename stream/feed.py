@@ -86,6 +86,7 @@ class Entry:
         audio_s: Seconds heard so far, by its latest event.
         speakers: Labels seen.
         names: Identities by label.
+        next_seq: The number its next event will have.
     """
 
     session: str
@@ -96,6 +97,7 @@ class Entry:
     audio_s: float = 0.0
     speakers: list[str] = field(default_factory=list[str])
     names: dict[str, str] = field(default_factory=dict[str, str])
+    next_seq: int = 0
 
 
 class Subscription:
@@ -221,6 +223,10 @@ class Feed:
                 self._readers.discard(reader)
                 self.evicted += 1
 
+    def resumed(self, entry: Entry) -> None:
+        """A session of an earlier process goes on; what it said before is not here."""
+        self._enter(entry)
+
     def subscribe(
         self, wanted: Wanted, *, cursor: str | None = None, after: int | None = None
     ) -> Subscription:
@@ -268,7 +274,9 @@ class Feed:
                 for line in self._history
                 if line.session == wanted.session and line.seq > after
             ]
-            return lines, not lines or lines[0].seq == after + 1
+            entry = self._sessions.get(wanted.session)
+            begins = lines[0].seq if lines else entry.next_seq if entry is not None else 0
+            return lines, begins <= after + 1
         if cursor is None:
             return [], True
         epoch, _, number = cursor.partition(".")
@@ -279,20 +287,12 @@ class Feed:
 
     def _list(self, event: Event) -> None:
         if isinstance(event, SessionOpened):
-            self._sessions[event.session_id] = Entry(
-                event.session_id,
-                event.stream_id,
-                event.source,
-                event.wall_time.isoformat(),
-            )
-            while len(self._sessions) > SESSIONS:
-                old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
-                if old is None:
-                    break
-                del self._sessions[old]
+            opened = event.wall_time.isoformat()
+            self._enter(Entry(event.session_id, event.stream_id, event.source, opened))
         entry = self._sessions.get(event.session_id)
         if entry is None:
             return
+        entry.next_seq = event.seq + 1
         entry.audio_s = max(entry.audio_s, event.end)
         if isinstance(event, SessionClosed):
             entry.state = "closed"
@@ -310,3 +310,11 @@ class Feed:
             and event.from_label in entry.speakers
         ):
             entry.speakers.remove(event.from_label)
+
+    def _enter(self, entry: Entry) -> None:
+        self._sessions[entry.session] = entry
+        while len(self._sessions) > SESSIONS:
+            old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
+            if old is None:
+                break
+            del self._sessions[old]

@@ -52,6 +52,6 @@ class Apart:
     @staticmethod
     async def _run(name: str, source: Source, intake: Intake) -> None:
         try:
-            await intake.stream(name, source)
+            await intake.stream(name, source, returns="name")
         except EngineFull as error:
             raise SourceError(f"{name}: {error}") from error

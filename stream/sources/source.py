@@ -91,6 +91,11 @@ class Source(Protocol):
         ...
 
 
+Returns = Literal["never", "token", "name"]
+"""How a session is taken up again: not at all, by its caller's resume token, or by its stream's
+name in the configuration."""
+
+
 class Intake(Protocol):
     """Where a listener brings its callers: the daemon, to a server."""
 
@@ -106,6 +111,7 @@ class Intake(Protocol):
         *,
         tap: Callable[[Event], None] | None = None,
         resume: Resumed | None = None,
+        returns: Returns = "never",
     ) -> None:
         """Run one session over ``source`` until it ends, or the daemon drains.
 
@@ -114,6 +120,7 @@ class Intake(Protocol):
             source: Opened here.
             tap: Called with each event of this session, at once and on the event loop.
             resume: The session to go on with; None begins one.
+            returns: How it may go on in another process; what never does is drained at the end.
 
         Raises:
             EngineFull: no slot is free; nothing was opened.

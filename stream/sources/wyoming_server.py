@@ -59,22 +59,23 @@ class WyomingSource(BaseModel):
                 "a wyoming source needs the package: pip install 'livesat[wyoming]'"
             ) from error
         info = await asyncio.to_thread(_info)
-        tasks: set[asyncio.Task[None]] = set()
+        clients: dict[asyncio.Task[None], _Client] = {}
         count = 0
 
         async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             nonlocal count
             task = asyncio.current_task()
             assert task is not None
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
             try:
-                if len(tasks) > self.streams:
-                    log.warning("refused", source=name, streams=len(tasks) - 1)
+                if len(clients) >= self.streams:
+                    log.warning("refused", source=name, streams=len(clients))
                     return
                 count += 1
-                await _Client(self, f"{name}-{count}", intake, info, reader, writer).run()
+                client = _Client(self, f"{name}-{count}", intake, info, reader, writer)
+                clients[task] = client
+                await client.run()
             finally:
+                clients.pop(task, None)
                 writer.close()
                 with suppress(OSError):
                     await writer.wait_closed()
@@ -90,9 +91,10 @@ class WyomingSource(BaseModel):
             log.info("listening", source=name, kind="wyoming", host=self.host, port=port)
             await intake.stop.wait()
             server.close()
-            for task in list(tasks):
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for task, client in list(clients.items()):
+                if not client.speaking:  # an utterance is drained: the daemon ends its session
+                    task.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
 
 
 class _Bounded:
@@ -127,10 +129,13 @@ class _Client:
         self._info = info
         self._utterances = 0
         self._language: str | None = None
+        self.speaking = False
+        """Whether an utterance is under way."""
+        self._broken: Exception | None = None
 
     async def run(self) -> None:
         try:
-            while (event := await self._read()) is not None:
+            while not self._intake.stop.is_set() and (event := await self._read()) is not None:
                 if event.type == "describe":
                     await self._write(self._info.event())
                 elif event.type == "transcribe":
@@ -168,16 +173,25 @@ class _Client:
                 people[event.speaker] = event.identity
 
         await self._write(TranscriptStart(language=self._language).event())
-        async with asyncio.TaskGroup() as group:
-            telling = group.create_task(self._tell(told))
-            hearing = group.create_task(self._hear(ear, line))
-            try:
-                await self._intake.stream(f"{self._name}.{self._utterances}", line, tap=tap)
-            finally:
-                told.put_nowait(None)
-                if not hearing.done():
+        refused: SourceError | EngineFull | None = None
+        self.speaking = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._tell(told))
+                hearing = group.create_task(self._hear(ear, line))
+                try:
+                    await self._intake.stream(f"{self._name}.{self._utterances}", line, tap=tap)
+                except (SourceError, EngineFull) as error:
+                    refused = error  # raised in the group, it would be one of a group
+                finally:
+                    told.put_nowait(None)
                     hearing.cancel()
-            await telling
+        finally:
+            self.speaking = False
+        if refused is not None:
+            raise refused
+        if self._broken is not None:
+            raise self._broken
         await self._write(TranscriptStop().event())
         said = " ".join(word.word for word in words)
         context = {"speakers": _speakers(words, people)}
@@ -193,6 +207,8 @@ class _Client:
             line.feed(ear.rest())
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # what was heard is still told, if anyone listens
+        except (ValueError, KeyError, TypeError) as error:
+            self._broken = error  # what was heard before is kept
         finally:
             line.end()
 

@@ -79,13 +79,18 @@ class Audio:
             if survivor is None:
                 known = "has ended" if self._calls.ended(token) else "is not known"
                 raise Hangup(POLICY, f"the session of this resume token {known}")
-            exact = have is None or _count("have", have) <= survivor.taken
-            call = await self._calls.open(
-                survivor.stream,
-                survivor.source,
-                form(query),
-                resume=survivor.resumed(exact=exact),
-            )
+            try:
+                exact = have is None or _count("have", have) <= survivor.taken
+                call = await self._calls.open(
+                    survivor.stream,
+                    survivor.source,
+                    form(query),
+                    resume=survivor.resumed(exact=exact),
+                )
+                await call.opened()
+            except (ValueError, EngineFull):
+                self._desk.give_back(survivor)
+                raise
         if call.ear is not None and have is not None and _count("have", have) > call.ear.taken:
             call.line.lose(call.ear.reconnect(_count("have", have)), "network")
         elif call.ear is not None:

@@ -8,6 +8,7 @@ lost on the way. Source: Twilio's "Media Streams – WebSocket Messages".
 
 import base64
 import binascii
+import re
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -27,6 +28,11 @@ START_S: Final = 10.0
 
 SLACK_MS: Final = 100
 """A timestamp this much ahead of the audio is jitter; beyond it, a loss."""
+
+LONGEST_MS: Final = 86_400_000
+"""A timestamp this much ahead is no loss but nonsense."""
+
+_TIMESTAMP: Final = re.compile(r"-1|[0-9]{1,12}")
 
 
 class Twilio:
@@ -122,12 +128,14 @@ def _media(media: Any) -> tuple[str, bytes, int]:
     """A media message's part → track, audio, and its timestamp in ms or −1."""
     if not isinstance(media, dict):
         raise Hangup(INVALID, "media: expected an object")
+    told = str(media.get("timestamp", -1))
     try:
         payload = base64.b64decode(str(media.get("payload", "")), validate=True)
-        timestamp = int(media.get("timestamp", -1))
-    except (binascii.Error, ValueError, TypeError):
-        raise Hangup(INVALID, "media: expected base64 and a timestamp in ms") from None
-    return str(media.get("track", "inbound")), payload, timestamp
+    except (binascii.Error, ValueError):
+        raise Hangup(INVALID, "media.payload: expected base64") from None
+    if not _TIMESTAMP.fullmatch(told):
+        raise Hangup(INVALID, f"media.timestamp: expected ms, got {told[:20]!r}")
+    return str(media.get("track", "inbound")), payload, int(told)
 
 
 class _Track:
@@ -145,6 +153,8 @@ class _Track:
             if self._first is None:
                 self._first = timestamp
             ahead_ms = timestamp - self._first - ear.taken * 1000 // RATE
+            if ahead_ms > LONGEST_MS:
+                raise Hangup(INVALID, f"media.timestamp: {ahead_ms} ms ahead of the audio")
             if ahead_ms > SLACK_MS:
                 self.call.line.lose(ahead_ms * SAMPLE_RATE // 1000, "network")
                 ear.reconnect(ear.taken + ahead_ms * RATE // 1000)

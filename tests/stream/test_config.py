@@ -82,7 +82,7 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
         ),
         (
             "engine: {}\n",
-            "FILE: all of it: got {'engine': {}}, expected sources, a server, or both",
+            "FILE: all of it: got {engine: …}, expected sources, a server, or both",
         ),
         (
             "sources: {a: {kind: fiel, path: x}}\n",
@@ -167,6 +167,23 @@ def test_secrets_come_from_the_environment(tmp_path, monkeypatch):
     )
     text = SOURCES + "engine: {checkpoint: ['a$${b}']}\n"
     assert load(written(tmp_path, text)).engine.checkpoint == ("a${b}",)
+
+
+@pytest.mark.parametrize(
+    "sink",
+    [
+        "kind: webhook, url: 'https://u:hunter2@h/x', secret: hunter2, batch: 0",
+        "kind: webhook, url: 'ftp://u:hunter2@h/x'",
+        "kind: mqtt, password: 72727272, username: 3",
+        "kind: nats, servers: 'nats://u:hunter2@h'",
+        "url: 'https://u:hunter2@h/x', secret: hunter2",
+    ],
+)
+def test_an_error_tells_no_secret(tmp_path, sink):
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, f"{SOURCES}sinks: {{x: {{{sink}}}}}\n"))
+    assert "hunter2" not in str(caught.value)
+    assert "72727272" not in str(caught.value)
 
 
 def test_a_configuration_from_flags_names_where_it_came_from():

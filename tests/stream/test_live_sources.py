@@ -25,7 +25,7 @@ from stream.sources.media import MediaSource
 from stream.sources.rtp import Heard, Jitter, Lost, Packet, RtpSource, decoder
 from stream.sources.source import SourceError
 from tests.stream.conftest import speechlike
-from tests.stream.house import finals, free_port, pcm
+from tests.stream.house import finals, free_port, pcm, until
 from tests.stream.test_daemon import collected, config
 
 QUIET = {"session": {"heartbeat_s": 0}}
@@ -486,13 +486,7 @@ class TestWyoming:
         served = config(checkpoint, {"ha": {"kind": "wyoming", "port": port}}, **QUIET)
         running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
         client = AsyncTcpClient("127.0.0.1", port)
-        while True:
-            try:
-                await client.connect()
-                break
-            except OSError:
-                assert not running.done()
-                await asyncio.sleep(0.02)
+        await self.connected(client, running)
         await client.write_event(Describe().event())
         info = Info.from_event(await client.read_event())
         assert info.asr[0].supports_transcript_streaming
@@ -526,6 +520,64 @@ class TestWyoming:
         await client.disconnect()
         stop.set()
         await running
+
+    async def test_an_utterance_is_drained_when_the_daemon_stops(self, checkpoint):
+        from wyoming.audio import AudioChunk, AudioStart
+        from wyoming.client import AsyncTcpClient
+
+        port, stop, events = free_port(), asyncio.Event(), []
+        served = config(checkpoint, {"ha": {"kind": "wyoming", "port": port}}, **QUIET)
+        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
+        client = AsyncTcpClient("127.0.0.1", port)
+        await self.connected(client, running)
+        await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+        data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
+        await client.write_event(AudioChunk(16_000, 2, 1, data).event())
+        await until(lambda: bool(events) and events[-1].end > 2)
+        stop.set()
+        types = []
+        while (event := await client.read_event()) is not None:
+            types.append(event.type)
+        await running
+        assert types[-1] == "transcript"
+        assert events[-1].type == "session.closed"
+        await client.disconnect()
+
+    async def test_without_room_the_client_is_told(self, checkpoint):
+        from wyoming.audio import AudioStart
+        from wyoming.client import AsyncTcpClient
+
+        port, stop, events = free_port(), asyncio.Event(), []
+        served = config(
+            checkpoint, {"ha": {"kind": "wyoming", "port": port}}, engine={"slots": 1}, **QUIET
+        )
+        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
+        first, second = (AsyncTcpClient("127.0.0.1", port) for _ in range(2))
+        await self.connected(first, running)
+        await first.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+        await until(lambda: bool(events))
+        await second.connect()
+        await second.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+        told = []
+        while (event := await second.read_event()) is not None:
+            told.append(event)
+        assert [each.type for each in told] == ["transcript-start", "error"]
+        assert told[-1].data["code"] == "busy"
+        stop.set()
+        await running
+        await first.disconnect()
+        await second.disconnect()
+
+    @staticmethod
+    async def connected(client, running):
+        while True:
+            try:
+                await client.connect()
+            except OSError:
+                assert not running.done()
+                await asyncio.sleep(0.02)
+            else:
+                return
 
     async def test_nonsense_is_hung_up_on(self, checkpoint):
         port, stop, events = free_port(), asyncio.Event(), []

@@ -10,6 +10,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
+from stream.session import Session
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, pcm, serving, talk, until
 from tests.stream.test_daemon import config
@@ -434,6 +435,38 @@ class TestTwilio:
             code, reason = await closing(house, "/v1/twilio", json.dumps(message))
         assert code == expected[0]
         assert expected[1] in reason
+
+    @pytest.mark.parametrize("timestamp", ["9" * 12, "9" * 400, float("inf"), -7, "soon"])
+    async def test_a_senseless_timestamp_ends_that_call_alone(self, checkpoint, timestamp):
+        async with serving(checkpoint, **QUIET) as house:
+            payload = base64.b64encode(bytes(160)).decode()
+            messages = [json.dumps({"event": "start", "start": {}})]
+            for each in ("0", timestamp):
+                media = {"payload": payload, "timestamp": each}
+                messages.append(json.dumps({"event": "media", "media": media}))
+            code, reason = await closing(house, "/v1/twilio", *messages)
+            assert code == 1007
+            assert "media.timestamp" in reason
+            async with house.connect("/v1/audio") as socket:
+                assert json.loads(await socket.recv())["type"] == "ready"
+
+
+async def test_a_fault_in_one_session_ends_no_other(checkpoint, speech, monkeypatch):
+    feed = Session.feed
+
+    def broken(session, block):
+        if session.stream_id == "bad" and session.received > SAMPLE_RATE:
+            raise ArithmeticError("made up")
+        return feed(session, block)
+
+    monkeypatch.setattr(Session, "feed", broken)
+    async with serving(checkpoint, **QUIET) as house:
+        good, bad = await asyncio.gather(
+            talk(house, speech, "/v1/audio?name=good"), talk(house, speech, "/v1/audio?name=bad")
+        )
+    assert [e["type"] for e in bad[-2:]] == ["error", "session.closed"]
+    assert (bad[-2]["code"], bad[-1]["reason"]) == ("internal", "error")
+    assert good[-1]["reason"] == "ended"
 
 
 class TestGate:

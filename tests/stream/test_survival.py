@@ -68,6 +68,66 @@ async def test_a_session_outlives_a_stop_of_the_daemon(checkpoint, speech, tmp_p
     assert {e["session_id"] for e in later} == {events[0]["session_id"]}
 
 
+async def test_who_missed_what_an_earlier_daemon_said_is_told(checkpoint, speech, tmp_path):
+    data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    async with serving(checkpoint, **keys) as house:
+        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
+            await until(lambda: house.events[-1].end > 2.0)
+            house.stop.set()
+            events, token = heard, given
+    async with serving(checkpoint, **keys) as house:
+        async with house.connect(f"/v1/audio?resume={token}&after={events[0]['seq']}") as socket:
+            assert json.loads(await socket.recv())["complete"] is False
+        async with house.http() as http:
+            (entry,) = (await http.get("/v1/sessions")).json()["sessions"]
+        assert (entry["session"], entry["state"]) == (events[0]["session_id"], "open")
+        ready, _ = await go_on(house, data, token, events[-1]["seq"])
+        assert ready["complete"] is True
+
+
+async def test_who_cannot_come_back_is_told_the_rest_before_the_daemon_stops(
+    checkpoint, speech, tmp_path
+):
+    keys = {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    async with serving(checkpoint, **keys) as house:
+        query = "encoding=linear16&sample_rate=16000"
+        async with house.connect(f"/v1/listen?{query}") as socket:
+            await socket.send(pcm(speech[: 3 * SAMPLE_RATE]))
+            await until(lambda: bool(house.events) and house.events[-1].end > 2.0)
+            house.stop.set()
+            said = [json.loads(message) async for message in socket]
+    assert house.events[-1].type == "session.closed"
+    assert said[-1]["type"] == "Metadata"
+    async with serving(checkpoint, **keys) as house:
+        await asyncio.sleep(0)
+    assert house.events == []  # nothing was kept
+
+
+async def test_a_resume_that_was_refused_may_be_tried_again(checkpoint, speech, tmp_path):
+    data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    async with serving(checkpoint, **keys) as house:
+        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
+            await until(lambda: house.events[-1].end > 2.0)
+            house.stop.set()
+            events, token = heard, given
+    async with serving(checkpoint, server={"max_streams": 1}, **keys) as house:
+        async with house.connect("/v1/audio?name=other") as other:
+            assert json.loads(await other.recv())["type"] == "ready"
+            async with house.connect(f"/v1/audio?resume={token}") as socket:
+                with contextlib.suppress(ConnectionClosedError):
+                    await socket.recv()
+                assert socket.close_code == 1013
+            async with house.connect(f"/v1/audio?resume={token}&rate=x") as socket:
+                with contextlib.suppress(ConnectionClosedError):
+                    await socket.recv()
+                assert socket.close_code == 1003
+            await other.send('{"type": "close"}')
+            async for _ in other:
+                pass
+        ready, _ = await go_on(house, data, token, events[-1]["seq"])
+    assert ready["session_id"] == events[0]["session_id"]
+
+
 async def test_who_does_not_come_back_has_a_session_that_is_closed_in_order(
     checkpoint, speech, tmp_path
 ):
