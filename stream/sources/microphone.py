@@ -110,7 +110,7 @@ class MicrophoneSource(BaseModel):
             SourceError: no sounddevice, no such device, or it does not record.
         """
         sd = await asyncio.to_thread(_sounddevice)
-        line = await asyncio.to_thread(_Line, sd, self)
+        line = await asyncio.to_thread(_open, sd, self)
         async with aclosing(self._blocks(sd, line)) as blocks:
             yield blocks
 
@@ -307,13 +307,27 @@ _OPEN: Final[set[int]] = set()
 """Lines open in this process: PortAudio may only look for new devices when there is none."""
 
 
+_OPENING: Final = threading.Lock()
+"""PortAudio must not be initialised again while another microphone is being opened."""
+
+
+def _open(sd: Any, settings: MicrophoneSource) -> _Line:
+    with _OPENING:
+        return _Line(sd, settings)
+
+
 def _again(sd: Any, settings: MicrophoneSource) -> _Line:
-    """Open a device that may have come back."""
-    if not _OPEN:
-        # PortAudio caches the list of devices from its initialisation.
-        sd._terminate()
-        sd._initialize()
-    return _Line(sd, settings)
+    """Open a device that may have come back.
+
+    While another microphone of this process is open, one that was plugged in again is found only
+    where the sound server keeps its name, as PulseAudio and PipeWire do.
+    """
+    with _OPENING:
+        if not _OPEN:
+            # PortAudio caches the list of devices from its initialisation.
+            sd._terminate()
+            sd._initialize()
+        return _Line(sd, settings)
 
 
 def _find(sd: Any, device: int | str | None) -> int:

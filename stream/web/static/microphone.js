@@ -3,6 +3,9 @@
 
 const KEEP_S = 30;
 
+// Close codes after which trying again changes nothing.
+const REFUSED = new Set([1003, 1007, 1008, 1013]);
+
 export class Microphone {
   constructor(onState) {
     this.onState = onState;
@@ -10,6 +13,9 @@ export class Microphone {
   }
 
   async start() {
+    if (!navigator.mediaDevices) {
+      throw new Error("a browser gives its microphone to https, or to localhost, only");
+    }
     this.stream = await navigator.mediaDevices.getUserMedia({
       audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false },
     });
@@ -57,6 +63,11 @@ export class Microphone {
       if (value.type !== "ready") return;
       this.token = value.resume_token;
       this.session = value.session_id;
+      if (!this.running) {
+        // Stopped while it was connecting.
+        this.socket.send(JSON.stringify({ type: "close" }));
+        return;
+      }
       this.ready = true;
       for (const { from, samples } of this.kept) {
         const skip = Math.max(value.received - from, 0);
@@ -67,7 +78,8 @@ export class Microphone {
     this.socket.onclose = (close) => {
       this.ready = false;
       if (!this.running) return;
-      if (close.code === 1008 || close.code === 1013) {
+      const slow = close.reason.startsWith("reads too slowly");
+      if (REFUSED.has(close.code) && !slow) {
         // Refused: no slot, or the session is over. What was captured belongs to it.
         this.token = null;
         this.stop();
