@@ -149,6 +149,7 @@ class NatsSink:
 
         Raises:
             Disconnected: the connection is gone, or the server did not answer in time.
+            SinkError: it says that it cannot now: no leader, no room.
             Rejected: it refused the event.
         """
         import nats.errors
@@ -175,7 +176,12 @@ class NatsSink:
             else:
                 await self._client.publish(subject, payload, headers=headers)
         except nats.js.errors.APIError as error:
-            raise Rejected(f"nats: {error.description or error}") from None
+            said = f"nats: {error.description or error}"
+            # The driver does not give a code to each of its classes.
+            later = nats.js.errors.ServiceUnavailableError | nats.js.errors.ServerError
+            if isinstance(error, later) or (error.code or 0) >= 500:
+                raise SinkError(said) from None
+            raise Rejected(said) from None
         except nats.errors.MaxPayloadError as error:
             raise Rejected(f"nats: {error}") from None
         except (OSError, TimeoutError, nats.errors.Error, nats.js.errors.Error) as error:

@@ -4,11 +4,13 @@ The producer is idempotent and waits for all replicas: a record that counts as s
 The driver, aiokafka, is imported when a sink is opened.
 """
 
+import asyncio
 import ssl
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import structlog
 from pydantic import Field, SecretStr
 
 from sinks.envelope import MEDIA, EnvelopeSettings
@@ -17,6 +19,11 @@ from sinks.sink import Disconnected, Rejected, SinkError
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
+
+log = structlog.get_logger(__name__)
+
+FAREWELL_S: Final = 3.0
+"""How long leaving may take: the driver waits for brokers to take what it still holds."""
 
 
 class KafkaSettings(EnvelopeSettings, frozen=True):
@@ -50,20 +57,20 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
             raise SinkError(
                 f"the kafka sink needs {error.name}: pip install 'livesat[kafka]'"
             ) from None
-        producer = AIOKafkaProducer(**self.options())
+        producer = AIOKafkaProducer(**await asyncio.to_thread(self.options))
         try:
             await producer.start()
         except (KafkaError, OSError) as error:
-            await producer.stop()
+            await _leave(producer)
             brokers = ", ".join(self.brokers)
             raise Disconnected(f"kafka {brokers}: {str(error) or type(error).__name__}") from None
         try:
             yield KafkaSink(self, producer)
         finally:
-            await producer.stop()
+            await _leave(producer)
 
     def options(self) -> dict[str, Any]:
-        """What the producer is made with."""
+        """What the producer is made with; blocking, with TLS."""
         options: dict[str, Any] = {
             "bootstrap_servers": list(self.brokers),
             "client_id": "livesat",
@@ -89,6 +96,22 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
                 "sasl_plain_password": secret,
             }
         return options
+
+
+async def _leave(producer: "AIOKafkaProducer") -> None:
+    """Close the producer, even if what it holds cannot be delivered: it is offered again."""
+    try:
+        async with asyncio.timeout(FAREWELL_S):
+            await producer.stop()
+    except TimeoutError:
+        log.warning("kafka producer did not stop in time", seconds=FAREWELL_S)
+        # It has no other way to end: its task would go on trying, its connections stay open.
+        sender = getattr(getattr(producer, "_sender", None), "sender_task", None)
+        if sender is not None:
+            sender.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await producer.client.close()
 
 
 class KafkaSink:

@@ -25,6 +25,9 @@ from sinks.sink import Disconnected, Rejected, SinkError
 FAREWELL_S: Final = 2.0
 """How long leaving may take: a broker that is gone cannot be said goodbye to."""
 
+QUOTA_EXCEEDED: Final = 0x97
+"""A reason code that a later attempt may not meet. Source: MQTT 5.0, 3.4.2.1."""
+
 
 class Connection(aiomqtt.Client):
     """A client for one connection; publish one message at a time.
@@ -129,6 +132,7 @@ class Connection(aiomqtt.Client):
 
         Raises:
             Disconnected: the connection is gone, or the broker did not answer in time.
+            SinkError: the broker says that it cannot now.
             Rejected: the broker refused this message.
         """
         if self._disconnected.done():
@@ -149,7 +153,10 @@ class Connection(aiomqtt.Client):
             raise Disconnected(f"{self._where}: {error}") from error
         # One message at a time: the reason code is that of this one.
         if self._refusal is not None:
-            raise Rejected(f"the MQTT broker {self._where} refused {topic}: {self._refusal}")
+            said = f"the MQTT broker {self._where} refused {topic}: {self._refusal}"
+            if self._refusal.value == QUOTA_EXCEEDED:
+                raise SinkError(said)
+            raise Rejected(said)
 
     async def gone(self) -> None:
         """Return once the connection is lost."""

@@ -6,7 +6,7 @@ the JSON object. The driver, redis, is imported when a sink is opened.
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, SecretStr
 
@@ -16,6 +16,14 @@ from sinks.sink import Disconnected, Rejected, SinkError
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+LATER: Final = frozenset(
+    {"OOM", "MISCONF", "LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS"}
+)
+"""First words of errors that a later attempt may not meet."""
+
+ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN"})
+"""Of those that need a new connection: the server became a replica, its name leads to another."""
 
 
 class RedisSettings(EnvelopeSettings, frozen=True):
@@ -84,7 +92,8 @@ class RedisSink:
 
         Raises:
             Disconnected: the connection is gone, or the server did not answer in time.
-            Rejected: the server refused the entry: out of memory, no right.
+            SinkError: the server says that it cannot now: out of memory, say.
+            Rejected: it refused the entry: no right, another type under the key.
         """
         from redis.exceptions import ConnectionError as Gone
         from redis.exceptions import RedisError, ResponseError
@@ -107,6 +116,12 @@ class RedisSink:
         except (Gone, Late, OSError) as error:
             raise Disconnected(f"redis: {str(error) or type(error).__name__}") from None
         except ResponseError as error:
+            # The driver cuts the first word off the errors it has a class for.
+            word = error.status_code or str(error).partition(" ")[0]
+            if word in ELSEWHERE:
+                raise Disconnected(f"redis: {error}") from None
+            if word in LATER:
+                raise SinkError(f"redis: {error}") from None
             raise Rejected(f"redis: {error}") from None
         except RedisError as error:
             raise Disconnected(f"redis: {error}") from None

@@ -13,6 +13,7 @@ A 2xx takes the batch. 408, 429 and 5xx mean *not now*; any other status refuses
 then sent one by one, so that one of them does not cost the others.
 """
 
+import asyncio
 import hashlib
 import hmac
 import time
@@ -67,7 +68,11 @@ class WebhookSettings(EnvelopeSettings, frozen=True):
             raise SinkError(
                 f"the webhook sink needs {error.name}: pip install 'livesat[webhook]'"
             ) from None
-        async with httpx.AsyncClient(timeout=self.timeout_s, follow_redirects=False) as client:
+        # In a thread: it loads the certificates we trust, which takes tens of milliseconds.
+        client = await asyncio.to_thread(
+            httpx.AsyncClient, timeout=self.timeout_s, follow_redirects=False
+        )
+        async with client:
             yield WebhookSink(self, client)
 
 

@@ -18,7 +18,7 @@ A partial that failed once is dropped: by the time it could be repeated it is ou
 import asyncio
 import random
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field
 
 from sinks.events import Event, dump, parse
 from sinks.sink import Batched, Disconnected, Rejected, Sink, SinkError, SinkSettings, Watched
-from stream.outbox import Outbox
+from stream.outbox import Outbox, Row
 
 DRAIN_RETRY_S: Final = 0.25
 """Longest back-off at the end, when there is no time to be patient, in seconds."""
@@ -217,13 +217,16 @@ class DurableSpool(Spool):
     def __init__(self, queue: int, spool: int, outbox: Outbox, sink: str) -> None:
         super().__init__(queue, spool)
         self._outbox, self._sink = outbox, sink
-        self._rows: dict[int, int] = {}  # key → row; of the finals in memory
-        self._read = 0  # the last row that is, or was, in memory
+        # key → row of the finals in memory; None: the disk took none.
+        self._rows: dict[int, int | None] = {}
+        # The rows that follow them. Which, and not how many: what is dropped while they are read,
+        # or while the disk takes nothing, is then known for certain. Bound: `spool`.
+        self._elsewhere = deque(outbox.found.pop(sink, ()))
 
     @property
     def finals(self) -> int:
         """Finals that are not delivered yet."""
-        return self._outbox.waiting[self._sink]
+        return len(self._rows) + len(self._elsewhere)
 
     @property
     def depth(self) -> int:
@@ -231,19 +234,20 @@ class DurableSpool(Spool):
         return self.finals + len(self._partials)
 
     @property
-    def _elsewhere(self) -> int:
-        return self.finals - len(self._rows)
-
-    @property
     def hungry(self) -> bool:
         """Whether `refill` would bring more than there is."""
-        return self._elsewhere > 0 and len(self._rows) <= self._queue // 2
+        return len(self._elsewhere) > 0 and len(self._rows) <= self._queue // 2
 
     async def refill(self) -> None:
         """Bring in what waits on disk."""
-        for row in await self._outbox.read(self._sink, self._read, self._queue):
-            self._read = row.n
-            self._rows[self._add(parse(row.data))] = row.n
+        while self._elsewhere:
+            had = len(self._rows)
+            rows = await self._outbox.read(self._sink, self._elsewhere[0] - 1, self._queue)
+            for row in rows:
+                self._bring(row)
+            if not rows or len(self._rows) > had:
+                return
+            # All of them were dropped meanwhile: what follows is not to wait for a next event.
 
     def put(self, event: Event) -> None:
         """Add an event at the end."""
@@ -253,36 +257,70 @@ class DurableSpool(Spool):
             else:
                 super().put(event)
             return
-        if self.full:
-            if not self._drop_oldest_final():
-                self._outbox.drop_oldest(self._sink, self._read)
+        if self.full and self._drop_oldest_final():
             self.lost_finals += 1
         # While the disk takes nothing, memory is all there is.
         room = len(self._rows) < self._queue or self._outbox.failure is not None
-        straight = room and self._elsewhere == 0
+        straight = room and not self._elsewhere
         n = self._outbox.append(self._sink, event.id, dump(event))
         if straight:
             self._make_room()
             self._rows[self._add(event)] = n
-            self._read = n
+        elif n is not None:
+            self._elsewhere.append(n)
+        else:
+            self.lost_finals += 1
 
     def settle(self) -> None:
         """What is under way is delivered or set aside: forget it."""
         for key in self._under_way:
             if key in self._rows:
-                self._outbox.settle(self._sink, self._rows.pop(key))
+                self._dropped(key)
         super().settle()
 
     def clear(self) -> None:
-        """Leave finals to the next run."""
+        """Leave finals to the next run; those that are not on disk are lost."""
+        left = [n for n in self._rows.values() if n is not None]
+        left = [n for n in (*left, *self._elsewhere) if n not in self._outbox.unwritten]
+        self.lost_finals += self.finals - len(left)
+        self._elsewhere = deque(left)
         self.dropped_partials += len(self._partials)
         self._waiting.clear()
         self._partials.clear()
         self._under_way.clear()
         self._rows.clear()
 
+    def _bring(self, row: Row) -> None:
+        while self._elsewhere and self._elsewhere[0] <= row.n:
+            n = self._elsewhere.popleft()
+            event = self._parsed(row) if n == row.n else None
+            if event is not None:
+                self._rows[self._add(event)] = n
+            else:
+                self._outbox.settle(n)
+                self.lost_finals += 1
+
+    def _parsed(self, row: Row) -> Event | None:
+        try:
+            return parse(row.data)
+        except ValueError as error:  # of a later version, say: the others must not wait behind it
+            reason = str(error)
+            log.error("event in the outbox unreadable", sink=self._sink, error=reason)  # noqa: TRY400
+            return None
+
+    def _drop_oldest_final(self) -> bool:
+        if super()._drop_oldest_final():
+            return True
+        if self._elsewhere:
+            self._outbox.settle(self._elsewhere.popleft())
+            return True
+        return False
+
     def _dropped(self, key: int) -> None:
-        self._outbox.settle(self._sink, self._rows.pop(key))
+        """This final needs its row no longer."""
+        n = self._rows.pop(key)
+        if n is not None:
+            self._outbox.settle(n)
 
 
 class Lane:

@@ -8,11 +8,11 @@ the same id.
 
 import asyncio
 import contextlib
+import os
 import queue
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -34,7 +34,10 @@ RETRY_S: Final = 0.5
 """How long a transaction that failed waits until it is tried again: a full disk, say."""
 
 BACKLOG: Final = 50_000
-"""Statements that may wait while the disk takes none; then new ones are lost, and counted."""
+"""Statements that may wait while the disk takes none; then new rows are refused, and counted."""
+
+TOGETHER: Final = 1000
+"""Statements of one transaction at most: what an attempt costs that a full disk lets fail."""
 
 _SCHEMA: Final = """
 CREATE TABLE waiting (
@@ -45,6 +48,10 @@ CREATE TABLE waiting (
 ) STRICT;
 CREATE INDEX waiting_sink ON waiting (sink, n);
 """
+
+_INSERT: Final = "INSERT INTO waiting VALUES (?, ?, ?, ?)"
+_DELETE: Final = "DELETE FROM waiting WHERE n = ?"
+_READ: Final = "SELECT n, data FROM waiting WHERE sink = ? AND n > ? ORDER BY n LIMIT ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +80,25 @@ class Outbox:
     """The file; use `open`.
 
     Attributes:
-        waiting: Rows by sink, those included that are not written yet.
+        found: Rows of earlier runs by sink, the oldest first.
         failure: Why nothing can be written at the moment; None while all is well.
-        lost: Rows that were lost because the disk took none for too long.
+        lost: Rows the disk never took: refused over `BACKLOG`, or not written by the end.
+        unwritten: Places of the latter; they are known once it is closed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.waiting: Counter[str] = Counter()
+        self.found: dict[str, list[int]] = {}
         self.failure: str | None = None
         self.lost = 0
-        # Bound: `BACKLOG`, kept by `_put`.
+        self.unwritten: set[int] = set()
+        # Bound: `BACKLOG`, kept by `append`; beyond it one statement for every row there is.
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._next = 1
+        # Statements given by the loop and finished by the thread. Two numbers, each with one
+        # writer, need no lock.
+        self._given = 0
+        self._finished = 0
 
     @classmethod
     @asynccontextmanager
@@ -109,29 +122,30 @@ class Outbox:
             outbox._jobs.put(None)
             await asyncio.to_thread(writer.join)
 
-    def append(self, sink: str, identity: str, data: bytes) -> int:
-        """Add an event at the end of what waits for a sink → its row's place."""
-        n, self._next = self._next, self._next + 1
-        self.waiting[sink] += 1
-        if not self._put("INSERT INTO waiting VALUES (?, ?, ?, ?)", (n, sink, identity, data)):
+    def append(self, sink: str, identity: str, data: bytes) -> int | None:
+        """Add an event at the end of what waits for a sink → its row's place.
+
+        Returns:
+            None if the disk has taken none for so long that this one is not kept.
+        """
+        if self._given - self._finished >= BACKLOG:
+            if self.lost == 0:
+                log.error("outbox takes no more events", path=str(self.path), waiting=BACKLOG)
             self.lost += 1
+            return None
+        n, self._next = self._next, self._next + 1
+        self._put(_INSERT, (n, sink, identity, data))
         return n
 
-    def settle(self, sink: str, n: int) -> None:
+    def settle(self, n: int) -> None:
         """The sink has this row, or never will."""
-        self.waiting[sink] -= 1
-        self._put("DELETE FROM waiting WHERE n = ?", (n,))
-
-    def drop_oldest(self, sink: str, after: int) -> None:
-        """Give up a sink's first row behind the row ``after``."""
-        self.waiting[sink] -= 1
-        self._put(
-            "DELETE FROM waiting WHERE n = (SELECT min(n) FROM waiting WHERE sink = ? AND n > ?)",
-            (sink, after),
-        )
+        self._put(_DELETE, (n,))
 
     async def read(self, sink: str, after: int, limit: int) -> list[Row]:
-        """The next rows of a sink behind the row ``after``, those just added included."""
+        """The next rows of a sink behind the row ``after``, those just added included.
+
+        While the disk takes nothing, a row settled meanwhile may be among them.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Row]] = loop.create_future()
 
@@ -145,21 +159,19 @@ class Outbox:
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 loop.call_soon_threadsafe(settle)
 
-        statement = "SELECT n, data FROM waiting WHERE sink = ? AND n > ? ORDER BY n LIMIT ?"
-        self._jobs.put(_Job(statement, (sink, after, limit), done))
+        self._jobs.put(_Job(_READ, (sink, after, limit), done))
         return await answer
 
-    def _put(self, statement: str, values: tuple[Any, ...]) -> bool:
-        if self._jobs.qsize() >= BACKLOG:
-            return False
+    def _put(self, statement: str, values: tuple[Any, ...]) -> None:
+        self._given += 1
         self._jobs.put(_Job(statement, values))
-        return True
 
     # -- on the thread -------------------------------------------------------------------------
 
     def _prepare(self, sinks: Collection[str]) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds what was said
             database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise SinkError(f"fanout.outbox: {self.path}: cannot be opened ({error})") from error
@@ -171,18 +183,17 @@ class Outbox:
                 database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
             elif version != VERSION:
                 raise sqlite3.DatabaseError(f"version {version} of it")  # noqa: TRY301
-            found = database.execute("SELECT sink, count(*) FROM waiting GROUP BY sink").fetchall()
-            (self._next,) = database.execute(
-                "SELECT coalesce(max(n), 0) + 1 FROM waiting"
-            ).fetchone()
-            for sink, count in found:
+            for sink, n in database.execute("SELECT sink, n FROM waiting ORDER BY n"):
+                self.found.setdefault(sink, []).append(n)
+                self._next = n + 1
+            for sink, rows in list(self.found.items()):
                 if sink in sinks:
-                    self.waiting[sink] = count
-                    log.info("events of an earlier run wait", sink=sink, events=count)
+                    log.info("events of an earlier run wait", sink=sink, events=len(rows))
                 else:
                     database.execute("DELETE FROM waiting WHERE sink = ?", (sink,))
+                    del self.found[sink]
                     log.warning(
-                        "dropped the events of a sink that is gone", sink=sink, events=count
+                        "dropped the events of a sink that is gone", sink=sink, events=len(rows)
                     )
         except sqlite3.DatabaseError as error:
             database.close()
@@ -192,40 +203,73 @@ class Outbox:
         return database
 
     def _write(self, database: sqlite3.Connection) -> None:
-        ended = False
+        jobs: list[_Job] = []
         try:
-            while not ended:
-                job = self._jobs.get()
-                if job is None:
+            while True:
+                if not jobs:
+                    job = self._jobs.get()
+                    if job is None:
+                        return
+                    jobs.append(job)
+                    time.sleep(GATHER_S)  # a thread of ours: more comes meanwhile
+                ended = self._gather(jobs)
+                while jobs and self._commit(database, jobs[:TOGETHER]):
+                    del jobs[:TOGETHER]
+                if jobs:
+                    jobs = self._answer(database, self._shorten(jobs))
+                    if not ended and jobs:
+                        time.sleep(RETRY_S)
+                if ended:
+                    self._give_up(jobs)
                     return
-                time.sleep(GATHER_S)  # a thread of ours: more comes meanwhile
-                jobs = [job]
-                with contextlib.suppress(queue.Empty):
-                    while (more := self._jobs.get_nowait()) is not None:
-                        jobs.append(more)
-                    ended = True
-                while jobs and not self._commit(database, jobs):
-                    jobs = self._answer(database, jobs)  # a full disk can still be read
-                    if ended:
-                        break
-                    time.sleep(RETRY_S)
-                    with contextlib.suppress(queue.Empty):
-                        while (more := self._jobs.get_nowait()) is not None:
-                            jobs.append(more)
-                        ended = True
         finally:
             database.close()
 
+    def _gather(self, jobs: list[_Job]) -> bool:
+        """Move what has come to the end of ``jobs`` → whether it was the last."""
+        with contextlib.suppress(queue.Empty):
+            while (more := self._jobs.get_nowait()) is not None:
+                jobs.append(more)
+            return True
+        return False
+
+    def _shorten(self, jobs: list[_Job]) -> list[_Job]:
+        """Without rows that come and go again: a sink that takes events fills no backlog."""
+        come = {job.values[0] for job in jobs if job.statement is _INSERT}
+        both = come & {job.values[0] for job in jobs if job.statement is _DELETE}
+        self._finished += 2 * len(both)
+        return [job for job in jobs if job.done is not None or job.values[0] not in both]
+
     @staticmethod
     def _answer(database: sqlite3.Connection, jobs: list[_Job]) -> list[_Job]:
-        """Answer what only reads → the other jobs."""
+        """Answer what only reads → the other jobs.
+
+        A full disk can still be read, and behind its rows come those it has not taken.
+        """
+        rest = [job for job in jobs if job.done is None]
         for job in jobs:
             if job.done is not None:
+                sink, after, limit = job.values
                 try:
-                    job.done(database.execute(job.statement, job.values).fetchall())
+                    rows: list[Any] = database.execute(_READ, job.values).fetchall()
                 except sqlite3.Error as error:
                     job.done(error)
-        return [job for job in jobs if job.done is None]
+                    continue
+                for n, of, _, data in (each.values for each in rest if each.statement is _INSERT):
+                    if len(rows) == limit:
+                        break
+                    if of == sink and n > after:
+                        rows.append((n, data))
+                job.done(rows)
+        return rest
+
+    def _give_up(self, jobs: list[_Job]) -> None:
+        """The end has come, and the disk did not take these."""
+        self.unwritten = {job.values[0] for job in jobs if job.statement is _INSERT}
+        self.lost += len(self.unwritten)
+        if self.unwritten:
+            events, path = len(self.unwritten), str(self.path)
+            log.error("outbox lost events at the end", path=path, events=events, error=self.failure)
 
     def _commit(self, database: sqlite3.Connection, jobs: list[_Job]) -> bool:
         answers: list[tuple[_Job, list[Any]]] = []
@@ -247,6 +291,7 @@ class Outbox:
         if self.failure is not None:
             log.info("outbox can be written again", path=str(self.path))
         self.failure = None
+        self._finished += len(jobs) - len(answers)
         for job, rows in answers:
             assert job.done is not None
             job.done(rows)

@@ -10,8 +10,10 @@ import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +21,17 @@ from typing import Any, ClassVar, Self
 
 import aiokafka
 import nats
+import nats.js.errors
 import pytest
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, RequestTimedOutError
+from redis._parsers.base import BaseParser
 from redis.asyncio import Redis
 
 from sinks import KafkaSettings, NatsSettings, RedisSettings
+from sinks import kafka as kafka_sink
 from sinks.events import parse
+from sinks.jetstream import NatsSink
+from sinks.redis_streams import RedisSink
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
 from tests.sinks.samples import Talk
@@ -171,13 +178,75 @@ class TestRedis:
         seqs = [int(fields[b"seq"]) for _, fields in entries]
         assert list(dict.fromkeys(seqs)) == [event.seq for event in sent]
 
-    async def test_a_server_that_is_full_refuses(self, redis: Server) -> None:
+    async def test_a_server_that_is_full_takes_it_later(self, redis: Server) -> None:
         settings = RedisSettings(host="127.0.0.1", port=redis.port)
         async with Redis(host="127.0.0.1", port=redis.port) as client:
             await client.config_set("maxmemory", "1")
         async with settings.open() as sink:
-            with pytest.raises(Rejected, match=r"redis: .*maxmemory"):
+            with pytest.raises(SinkError, match=r"redis: .*maxmemory") as raised:
                 await sink.send(Talk().warning())
+        assert type(raised.value) is SinkError
+
+
+class Answer:
+    """Stands in for a driver's connection: every send gets this answer."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def publish(self, *_: Any, **__: Any) -> None:
+        raise self._error
+
+    async def xadd(self, *_: Any, **__: Any) -> None:
+        raise self._error
+
+
+class TestWhatAnAnswerMeans:
+    @pytest.mark.parametrize(
+        ("error", "meaning"),
+        [
+            ({"code": 503, "err_code": 10023, "description": "insufficient resources"}, SinkError),
+            ({"code": 500, "err_code": 10047, "description": "no storage"}, SinkError),
+            ({"code": 504, "err_code": 1, "description": "late"}, SinkError),
+            ({"code": 400, "err_code": 10060, "description": "expected stream"}, Rejected),
+            ({"code": 404, "err_code": 10059, "description": "stream not found"}, Rejected),
+        ],
+    )
+    async def test_of_nats(self, error: dict[str, Any], meaning: type[SinkError]) -> None:
+        with pytest.raises(nats.js.errors.APIError) as made:
+            nats.js.errors.APIError.from_error(error)
+        answer: Any = Answer(made.value)
+        sink = NatsSink(NatsSettings(), answer, answer, asyncio.Event())
+        with pytest.raises(SinkError, match=f"nats: {error['description']}") as raised:
+            await sink.send(Talk().warning())
+        assert type(raised.value) is meaning
+
+    async def test_of_nats_without_a_code(self) -> None:
+        answer: Any = Answer(nats.js.errors.ServiceUnavailableError())
+        sink = NatsSink(NatsSettings(), answer, answer, asyncio.Event())
+        with pytest.raises(SinkError) as raised:
+            await sink.send(Talk().warning())
+        assert type(raised.value) is SinkError
+
+    @pytest.mark.parametrize(
+        ("line", "meaning"),
+        [
+            ("OOM command not allowed when used memory > 'maxmemory'.", SinkError),
+            ("MISCONF Redis is configured to save RDB snapshots", SinkError),
+            ("BUSY Redis is busy running a script.", SinkError),
+            ("CLUSTERDOWN The cluster is down", SinkError),
+            ("LOADING Redis is loading the dataset in memory", Disconnected),
+            ("READONLY You can't write against a read only replica.", Disconnected),
+            ("NOPERM this user has no permissions", Rejected),
+            ("WRONGTYPE Operation against a key holding the wrong kind of value", Rejected),
+            ("ERR wrong number of arguments for 'xadd' command", Rejected),
+        ],
+    )
+    async def test_of_redis(self, line: str, meaning: type[SinkError]) -> None:
+        answer: Any = Answer(BaseParser.parse_error(line))
+        with pytest.raises(SinkError, match="redis: ") as raised:
+            await RedisSink(RedisSettings(), answer).send(Talk().warning())
+        assert type(raised.value) is meaning
 
 
 class Producer:
@@ -190,6 +259,9 @@ class Producer:
         self.records: list[tuple[str, bytes, dict[str, Any]]] = []
         self.errors: list[Exception] = []
         self.stopped = False
+        self.stuck = False
+        self.client = self
+        self.closed = False
         Producer.made.append(self)
 
     async def start(self) -> None:
@@ -198,6 +270,11 @@ class Producer:
 
     async def stop(self) -> None:
         self.stopped = True
+        if self.stuck:
+            await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.closed = True
 
     async def send_and_wait(self, topic: str, value: bytes, **more: Any) -> None:
         if self.errors:
@@ -252,6 +329,33 @@ class TestKafka:
             await sink.send(Talk().warning())
         assert type(raised.value) is meaning
         assert json.loads(producer.records[0][1])["specversion"] == "1.0"
+
+    async def test_a_producer_that_does_not_stop_is_left(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kafka_sink, "FAREWELL_S", 0.01)
+        async with KafkaSettings().open():
+            (producer,) = Producer.made
+            producer.stuck = True
+        assert producer.stopped
+        assert producer.closed
+
+    async def test_certificates_are_loaded_in_a_thread(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads: list[threading.Thread] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+        def load() -> ssl.SSLContext:
+            threads.append(threading.current_thread())
+            return context
+
+        monkeypatch.setattr(ssl, "create_default_context", load)
+        async with KafkaSettings(tls=True).open():
+            pass
+        assert Producer.made[0].options["ssl_context"] is context
+        assert len(threads) == 1
+        assert threads[0] is not threading.current_thread()
 
     async def test_no_broker_is_said(self) -> None:
         with pytest.raises(Disconnected, match=r"kafka nobody:1: .*Unable to bootstrap"):

@@ -14,6 +14,8 @@ import aiomqtt
 import pytest
 from aiomqtt import ProtocolVersion
 from jinja2 import Template
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import SecretStr, ValidationError
 
 from sinks.events import parse
@@ -223,6 +225,25 @@ async def test_denied_publish_is_an_error(
         await sink.send(talk.warning())
 
 
+@pytest.mark.parametrize(
+    ("code", "meaning"), [("Quota exceeded", SinkError), ("Not authorized", Rejected)]
+)
+async def test_what_a_reason_code_means(
+    broker: Broker, code: str, meaning: type[SinkError]
+) -> None:
+    async with settings(broker).open() as sink:
+        connection = sink._connection
+        answer = connection._on_publish
+        reason = ReasonCode(PacketTypes.PUBACK, code)
+        client: Any = connection._client
+        client.on_publish = lambda paho, data, mid, _, more: answer(paho, data, mid, reason, more)
+        with pytest.raises(SinkError, match=f"refused .*: {code}") as raised:
+            await sink.send(Talk().warning())
+        client.on_publish = answer
+        await sink.send(Talk().warning())
+    assert type(raised.value) is meaning
+
+
 async def test_denied_event_is_set_aside_and_the_rest_delivered(
     make_broker: Callable[..., Broker], tmp_path: Path
 ) -> None:
@@ -289,6 +310,9 @@ async def test_finals_arrive_in_order_after_the_broker_came_back(broker: Broker)
             for i in range(20):
                 await fanout.publish(talk.warning(f"before {i}"))
             seen += await receive(client, 20)
+        # What was not acknowledged before the broker died would rightly come twice.
+        while fanout.statistics()["mqtt"].sent < 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
         broker.kill()
         for i in range(20):
             await fanout.publish(talk.warning(f"during {i}"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -135,6 +136,23 @@ async def test_nobody_there_is_a_lost_connection() -> None:
     async with hook.open() as sink:
         with pytest.raises(Disconnected, match=r"127\.0\.0\.1: "):
             await sink.send(Talk().warning())
+
+
+async def test_certificates_are_loaded_in_a_thread(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    client = httpx.AsyncClient
+
+    def make(**options: Any) -> httpx.AsyncClient:
+        threads.append(threading.current_thread())
+        return client(**options)
+
+    monkeypatch.setattr(httpx, "AsyncClient", make)
+    async with settings(receiver).open() as sink:
+        await sink.send(Talk().warning())
+    assert len(receiver.taken) == len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def test_secrets_do_not_show() -> None:

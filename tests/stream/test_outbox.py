@@ -1,17 +1,22 @@
+import asyncio
 import contextlib
 import os
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import structlog
 
 from sinks import SinkError
 from sinks.events import parse
 from sinks.sink import Disconnected
-from stream.fanout import Fanout, FanoutSettings
+from stream import outbox as outbox_module
+from stream.fanout import DurableSpool, Fanout, FanoutSettings
 from stream.outbox import Outbox
 from tests.sinks.samples import Talk
 from tests.stream.house import until
@@ -30,10 +35,10 @@ class TestFile:
         async with Outbox.open(path, ["a", "b"]) as outbox:
             rows = [outbox.append("a", f"s:{i}", b"%d" % i) for i in range(5)]
             outbox.append("b", "s:0", b"other")
-            outbox.settle("a", rows[0])
+            outbox.settle(rows[0])
             assert [row.data for row in await outbox.read("a", rows[1], 2)] == [b"2", b"3"]
         async with Outbox.open(path, ["a", "b"]) as outbox:
-            assert outbox.waiting == {"a": 4, "b": 1}
+            assert {sink: len(rows) for sink, rows in outbox.found.items()} == {"a": 4, "b": 1}
             assert [row.data for row in await outbox.read("a", 0, 9)] == [b"1", b"2", b"3", b"4"]
             assert outbox.append("a", "s:9", b"9") > rows[-1]
 
@@ -43,7 +48,21 @@ class TestFile:
             outbox.append("a", "s:0", b"0")
             outbox.append("b", "s:0", b"0")
         async with Outbox.open(path, ["b"]) as outbox:
-            assert outbox.waiting == {"b": 1}
+            assert list(outbox.found) == ["b"]
+
+    async def test_nobody_else_may_read_it(self, tmp_path):
+        path = tmp_path / "outbox.db"
+        before = os.umask(0o022)
+        try:
+            async with Outbox.open(path, ["a"]) as outbox:
+                outbox.append("a", "s:0", b"0")
+                await outbox.read("a", 0, 1)
+                files = await asyncio.to_thread(lambda: list(Path(tmp_path).iterdir()))
+                modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in files}
+        finally:
+            os.umask(before)
+        assert modes.keys() >= {"outbox.db", "outbox.db-wal"}
+        assert set(modes.values()) == {0o600}
 
     @pytest.mark.parametrize("content", [b"no database" * 100, None])
     async def test_another_file_is_refused(self, tmp_path, content):
@@ -119,7 +138,7 @@ class TestDelivery:
         async with Fanout(sinks, durable(path), fail_fast=True) as out:
             await out.publish(talk.turn("T1", "S1", 0.0, 1.0))
         async with Outbox.open(path, ["r"]) as outbox:
-            assert outbox.waiting == {}
+            assert outbox.found == {}
 
     async def test_trouble_is_told_once_and_so_is_its_end(self, tmp_path):
         told, talk, sink = [], Talk(), recorder()
@@ -132,6 +151,145 @@ class TestDelivery:
             await out.publish(talk.warning())
             await until(lambda: len(told) == 2)
         assert told == [("a", "full"), ("a", None)]
+
+
+class TestDropsWhileReading:
+    """A final over the cap costs the oldest, also while the oldest are being read."""
+
+    async def sent(self, spool):
+        seqs = []
+        while spool.finals:
+            if spool.hungry:
+                await spool.refill()
+            seqs += [event.seq for event in spool.take(5)]
+            spool.settle()
+        return seqs
+
+    @pytest.mark.parametrize("queue", [1, 8, 64])
+    @pytest.mark.parametrize("more", [1, 3, 19, 20, 45])
+    async def test_order_and_completeness_hold(self, tmp_path, queue, more):
+        talk, path = Talk(), tmp_path / "o.db"
+        async with Outbox.open(path, ["a"]) as outbox:
+            spool = DurableSpool(64, 20, outbox, "a")
+            for _ in range(20):
+                spool.put(talk.warning())
+            spool.clear()
+        async with Outbox.open(path, ["a"]) as outbox:
+            spool = DurableSpool(queue, 20, outbox, "a")
+            refill = asyncio.create_task(spool.refill())
+            await asyncio.sleep(0)
+            for _ in range(more):
+                spool.put(talk.warning())
+            await refill
+            assert spool._rows  # something of it came, however much was dropped
+            assert spool.finals == 20
+            assert spool.lost_finals == more
+            assert await self.sent(spool) == list(range(more, 20 + more))
+            assert (spool.finals, spool.hungry) == (0, False)
+            spool.put(talk.warning())
+            assert await self.sent(spool) == [20 + more]
+        async with Outbox.open(path, ["a"]) as outbox:
+            assert outbox.found == {}
+
+    async def test_an_event_nobody_can_read_holds_up_nobody(self, tmp_path):
+        talk, path = Talk(), tmp_path / "o.db"
+        async with Outbox.open(path, ["a"]) as outbox:
+            outbox.append("a", "s:x", b'{"type": "of tomorrow"}')
+            outbox.found["a"] = [1]
+            spool = DurableSpool(4, 20, outbox, "a")
+            spool.put(talk.warning())
+            assert await self.sent(spool) == [0]
+            assert spool.lost_finals == 1
+
+
+class Locked:
+    """A disk that takes nothing for as long as another process holds the file."""
+
+    def __init__(self, path):
+        self._other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._other.execute("BEGIN IMMEDIATE")
+
+    def open(self):
+        self._other.execute("ROLLBACK")
+        self._other.close()
+
+
+class TestDiskThatTakesNothing:
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(outbox_module, "RETRY_S", 0.005)
+        monkeypatch.setattr(outbox_module, "GATHER_S", 0.001)
+        connect = sqlite3.connect
+
+        def at_once(*args, **keys):
+            return connect(*args, **{"timeout": 0, **keys})
+
+        monkeypatch.setattr(sqlite3, "connect", at_once)
+
+    async def test_the_backlog_has_a_bound_and_the_rest_is_counted(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(outbox_module, "BACKLOG", 100)
+        path = tmp_path / "o.db"
+        async with Outbox.open(path, ["a"]) as outbox:
+            disk = await asyncio.to_thread(Locked, path)
+            first = [outbox.append("a", "s", b"%d" % i) for i in range(50)]
+            await until(lambda: outbox.failure is not None)
+            # Once the thread holds them, they count as before.
+            second = [outbox.append("a", "s", b"%d" % i) for i in range(50, 3000)]
+            assert None not in first + second[:50]
+            assert set(second[50:]) == {None}
+            assert outbox.lost == 2900
+            # What waits can be read, in order, and what goes again makes room.
+            rows = await outbox.read("a", 10, 1000)
+            assert [row.data for row in rows] == [b"%d" % i for i in range(10, 100)]
+            for n in first:
+                outbox.settle(n)
+            await until(lambda: outbox._given - outbox._finished == 50)
+            assert outbox.append("a", "s", b"more") is not None
+            await asyncio.to_thread(disk.open)
+            await until(lambda: outbox.failure is None)
+        async with Outbox.open(path, ["a"]) as outbox:
+            assert len(outbox.found["a"]) == 51
+
+    async def test_an_attempt_takes_some_of_what_waits(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(outbox_module, "TOGETHER", 7)
+        tried = []
+        commit = Outbox._commit
+        monkeypatch.setattr(
+            Outbox,
+            "_commit",
+            lambda self, database, jobs: tried.append(len(jobs)) or commit(self, database, jobs),
+        )
+        path = tmp_path / "o.db"
+        async with Outbox.open(path, ["a"]) as outbox:
+            disk = await asyncio.to_thread(Locked, path)
+            for i in range(100):
+                outbox.append("a", "s", b"%d" % i)
+            await until(lambda: len(tried) > 3)
+            await asyncio.to_thread(disk.open)
+            assert [row.data for row in await outbox.read("a", 0, 200)] == [
+                b"%d" % i for i in range(100)
+            ]
+        assert max(tried) == 7
+
+    async def test_what_is_not_on_disk_at_the_end_is_counted_and_logged(self, tmp_path):
+        talk, path, down = Talk(), tmp_path / "o.db", recorder()
+        down._open_errors.extend([Disconnected("down")] * 10_000)
+        with structlog.testing.capture_logs() as logs:
+            async with Fanout({"a": down}, durable(path)) as out:
+                for _ in range(3):
+                    await out.publish(talk.warning())
+                outbox = out._outbox
+                await outbox.read("a", 0, 1)  # written
+                disk = await asyncio.to_thread(Locked, path)
+                for _ in range(5):
+                    await out.publish(talk.warning())
+            statistics = out.statistics()["a"]
+            await asyncio.to_thread(disk.open)
+        assert outbox.lost == 5
+        assert (statistics.lost_finals, statistics.queued) == (5, 3)
+        errors = {log["event"]: log["events"] for log in logs if "events" in log}
+        assert errors["outbox lost events at the end"] == 5
+        assert errors["events not delivered"] == 5
 
 
 WRITER = """
@@ -186,7 +344,7 @@ class TestFullDisk:
     """Reliability bar, row 14: a disk of one mebibyte in a namespace of its own."""
 
     SCRIPT = """
-import asyncio, os, sys
+import asyncio, contextlib, os, sys
 from sinks import JsonlSettings
 from sinks.events import parse
 from stream.fanout import Fanout, FanoutSettings
@@ -201,9 +359,12 @@ async def main(small, large):
     settings = FanoutSettings(outbox=small + "/outbox.db", retry_first_s=0.05, retry_longest_s=0.1)
     talk = Talk()
     ballast = small + "/ballast"
-    open(ballast, "wb").write(bytes(850_000))
     trouble = lambda name, error: told.append((name, error))
     async with Fanout(sinks, settings, trouble=trouble) as out:
+        # Full to the last page: whether what follows fits is not left to chance.
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
         for _ in range(200):
             await out.publish(talk.warning("x" * 300))
         while out._outbox.failure is None:
