@@ -79,6 +79,7 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
             group,
             desk,
             limit=settings.max_streams,
+            limit_each=settings.max_streams_per_ip,
             resume_s=desk.resume_s,
             buffer_ms=settings.buffer_ms,
         )
@@ -91,7 +92,8 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
             ws_per_message_deflate=False,
             ws_ping_interval=20,
             ws_ping_timeout=20,
-            limit_concurrency=settings.max_connections,
+            # Its own count, of connections that ask for nothing too, holds the one that asks.
+            limit_concurrency=settings.max_connections + 1,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=16_384,

@@ -25,7 +25,7 @@ def speech():
 
 async def closing(house, path, *messages, **keys):
     """Connect, send, and wait for the server to close → code, reason."""
-    async with house.connect(path, **keys) as socket:
+    async with asyncio.timeout(30), house.connect(path, **keys) as socket:
         try:
             for message in messages:
                 await socket.send(message)
@@ -548,6 +548,58 @@ class TestLimits:
         async with serving(checkpoint, {"idle_s": 0.1}) as house:
             code, reason = await closing(house, "/v1/audio")
         assert (code, reason) == (1008, "nothing came for 0.1 s")
+
+    @pytest.mark.parametrize("key", ["max_connections", "max_connections_per_ip"])
+    async def test_more_connections_than_may_be_are_turned_away(self, checkpoint, key):
+        async with serving(checkpoint, {key: 2}) as house, house.http() as http:
+            async with house.connect("/v1/events") as one:
+                await one.recv()
+                async with house.connect("/v1/events") as two:
+                    await two.recv()
+                    code, reason = await closing(house, "/v1/events")
+                    with pytest.raises(InvalidStatus) as refused:
+                        await closing(house, "/v1/listen")
+                    assert (await http.get("/livez")).status_code == 503
+                while (await http.get("/livez")).status_code != 200:
+                    pass  # until the server has seen it go
+        assert (code, reason) == (1013, "too many connections; try again later")
+        assert refused.value.response.status_code == 503
+
+    async def test_an_address_behind_a_proxy_takes_its_own_places_only(self, checkpoint):
+        server = {"max_connections_per_ip": 1, "proxies": ["127.0.0.1"]}
+        async with serving(checkpoint, server) as house:
+            first, second = ({"additional_headers": {"X-Forwarded-For": ip}} for ip in "12")
+            async with house.connect("/v1/events", **first) as one:
+                await one.recv()
+                assert (await closing(house, "/v1/events", **first))[0] == 1013
+                async with house.connect("/v1/events", **second) as two:
+                    assert json.loads(await two.recv())["type"] == "ready"
+
+    async def test_an_address_takes_its_own_streams_only(self, checkpoint):
+        server = {"max_streams_per_ip": 1, "proxies": ["127.0.0.1"]}
+        raw = "encoding=linear16&sample_rate=16000"
+        start = json.dumps({"event": "start", "start": {"tracks": ["inbound"]}})
+        async with serving(checkpoint, server, **QUIET) as house:
+            first, second = ({"additional_headers": {"X-Forwarded-For": ip}} for ip in "12")
+            async with house.connect("/v1/audio", **first) as socket:
+                token = json.loads(await socket.recv())["resume_token"]
+                async with house.connect("/v1/audio", **second) as other:
+                    assert json.loads(await other.recv())["type"] == "ready"
+                    refused = [
+                        await closing(house, path, *messages, **first)
+                        for path, *messages in (
+                            ("/v1/audio",),
+                            (f"/v1/listen?{raw}",),
+                            ("/v1/twilio", start),
+                        )
+                    ]
+                # The one it has may change its connection all the same.
+                async with house.connect(f"/v1/audio?resume={token}", **first) as again:
+                    assert json.loads(await again.recv())["type"] == "ready"
+            two = await closing(house, f"/v1/listen?{raw}&channels=2&multichannel=true", **second)
+        said = "1 streams of this address are open, which is the limit"
+        assert refused == [(1013, said)] * 3
+        assert two[0] == 1013
 
     async def test_too_many_connections_of_an_address_must_wait(self, checkpoint):
         async with serving(checkpoint, {"connects_per_minute": 5}) as house, house.http() as http:
