@@ -8,6 +8,7 @@ sent again is skipped by its position, so that nothing is heard twice and nothin
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -24,6 +25,9 @@ from stream.sources.pcm import PcmDecoder, PcmFormat
 from stream.sources.source import Intake, Resumed, Returns, SourceError
 
 log = structlog.get_logger(__name__)
+
+CALLER: Final[ContextVar[str]] = ContextVar("caller", default="")
+"""The address that the present connection is from; the gate sets it, for every endpoint."""
 
 CLOSED: Final = 256
 """Calls that ended and are still known, so that a late caller learns that and not "unknown"."""
@@ -113,6 +117,7 @@ class Call:
 
     Attributes:
         name: The stream's.
+        address: Who opened it.
         line: What the session hears.
         ear: Turns the caller's bytes into samples.
         session_id: Known once `opened` has returned.
@@ -123,6 +128,7 @@ class Call:
 
     def __init__(self, name: str, line: Line, ear: PcmEar | None, resume_s: float) -> None:
         self.name = name
+        self.address = CALLER.get()
         self.line = line
         self.ear = ear
         self.session_id = ""
@@ -214,6 +220,7 @@ class Calls:
         group: Their tasks run in it.
         intake: Where streams are brought.
         limit: Calls at a time.
+        limit_each: Those of one address.
         resume_s: How long a call waits for its caller to come back; 0 ends it at once.
         buffer_ms: Audio that may wait for the engine.
     """
@@ -224,10 +231,12 @@ class Calls:
         intake: Intake,
         *,
         limit: int,
+        limit_each: int | None = None,
         resume_s: float,
         buffer_ms: int,
     ) -> None:
         self._group, self._intake = group, intake
+        self._limit_each = limit if limit_each is None else limit_each
         self._limit, self._resume_s, self._buffer_ms = limit, resume_s, buffer_ms
         self._count = 0
         self._open: dict[str, Call] = {}  # by name; bounded by `limit`
@@ -260,8 +269,7 @@ class Calls:
             EngineFull: too many calls.
             ValueError: the form makes no sense.
         """
-        if len(self._open) >= self._limit:
-            await self._make_room()
+        await self._make_room()
         name = resume.stream if resume is not None else self._name(prefix)
         ear = None if form is None else PcmEar(form, resume.taken if resume else 0)
         line = Line(source, self._buffer_ms)
@@ -321,12 +329,20 @@ class Calls:
         Raises:
             EngineFull: everyone is here.
         """
-        parked = next((c for c in self._open.values() if not c.attached), None)
-        if parked is not None:
+        while crowd := self._crowd():
+            parked = next((call for call in crowd if not call.attached), None)
+            if parked is None:
+                whose = " of this address" if len(crowd) < len(self._open) else ""
+                raise EngineFull(f"{len(crowd)} streams{whose} are open, which is the limit")
             parked.finish()
             await parked.over()
-        if len(self._open) >= self._limit:
-            raise EngineFull(f"{len(self._open)} streams are open, which is the limit")
+
+    def _crowd(self) -> list[Call]:
+        """The calls that are as many as may be, if another one is too many."""
+        ours = [call for call in self._open.values() if call.address == CALLER.get()]
+        if len(ours) >= self._limit_each:
+            return ours
+        return list(self._open.values()) if len(self._open) >= self._limit else []
 
     def _name(self, prefix: str) -> str:
         if prefix not in self._open:

@@ -104,15 +104,23 @@ class Subscription:
     """One reader's queue. Iterate over it; it ends when the feed closes or the reader is evicted.
 
     Attributes:
+        begin: Just before the first line it reads: where it is before it has read one.
         complete: Whether everything since the asked-for position was still there.
         dropped: Partials this reader was too slow for.
         evicted: Too much waited for it: it must come back and resume.
     """
 
     def __init__(
-        self, wanted: Wanted, limit: int, past: Iterable[Line] = (), *, complete: bool = True
+        self,
+        wanted: Wanted,
+        limit: int,
+        past: Iterable[Line] = (),
+        *,
+        begin: str = "0",
+        complete: bool = True,
     ) -> None:
         self.wanted = wanted
+        self.begin = begin
         self.complete = complete
         self.dropped = 0
         self.evicted = False
@@ -165,6 +173,7 @@ class Subscription:
         self._size = sum(len(line.data) for line in finals)
         if self._size > self._limit:
             self.evicted = True
+            self._past.clear()
             self._lines.clear()
             self._size = 0
             self.end()
@@ -238,8 +247,9 @@ class Feed:
             after: Or the last ``seq`` it has of the session it asks for.
         """
         missed, complete = self._since(wanted, cursor, after)
-        past = (line for line in missed if wanted.admits(line))
-        reader = Subscription(wanted, self._queue_limit, past, complete=complete)
+        past = [line for line in missed if wanted.admits(line)]
+        begin = f"{self.epoch}.{past[0].number - 1 if past else self._number}"
+        reader = Subscription(wanted, self._queue_limit, past, begin=begin, complete=complete)
         if self._closed:
             reader.end()
         else:

@@ -3,24 +3,25 @@
 Query: ``session``, ``stream``, ``types`` (comma-separated), ``partials=false``; to catch up
 ``after`` (the last ``seq`` of the ``session`` asked for) or ``cursor`` (from an earlier connection;
 ``0`` is everything that is still kept). Server-sent events carry the cursor as their id, so that a
-browser resumes by itself; a WebSocket is told it in ``{"type": "ready", "cursor": …}`` at the start
+browser resumes by itself; a WebSocket is told where it begins, ``{"type": "ready", "cursor": …}``,
 and then with every event in ``cursor=true`` mode as ``{"cursor": …, "event": …}``.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from sinks.events import EventType
 from stream.feed import Feed, Line, Subscription, Wanted
 from stream.server import Desk, ServerSettings
 from stream.web.gate import LATER
-from stream.web.wire import AWAY, UNSUPPORTED, Hangup, Wire
+from stream.web.wire import AWAY, SEND_S, UNSUPPORTED, Hangup, Wire
 
 KEEP_ALIVE_S: Final = 15.0
 """A comment as often keeps proxies from closing a silent stream."""
@@ -48,7 +49,7 @@ class Events:
         listening = asyncio.create_task(_until_gone(wire), name="events:gone")
         try:
             await wire.send_json(
-                {"type": "ready", "cursor": feed.cursor(), "complete": reader.complete}
+                {"type": "ready", "cursor": reader.begin, "complete": reader.complete}
             )
             telling = asyncio.create_task(
                 _tell(wire, feed, reader, query.get("cursor") is not None), name="events:tell"
@@ -84,11 +85,33 @@ class Events:
             reader = subscribe(self._desk.feed, query)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 400)
-        return StreamingResponse(
+        return _Stream(
+            request.state.abort,
             _lines(self._desk.feed, reader),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
+
+
+class _Stream(StreamingResponse):
+    """A response whose client must take every part of it within `SEND_S`, or is cut off."""
+
+    def __init__(self, abort: Callable[[], None], *args: Any, **keys: Any) -> None:
+        super().__init__(*args, **keys)
+        self._abort = abort
+
+    async def stream_response(self, send: Send) -> None:
+        """See `StreamingResponse`."""
+
+        async def sent(message: Message) -> None:
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except TimeoutError:
+                self._abort()  # closing it would wait for what is not taken
+                await send(message)  # over, with all after it, when the connection is lost
+
+        await super().stream_response(sent)
 
 
 def subscribe(feed: Feed, query: Mapping[str, str]) -> Subscription:
@@ -133,7 +156,7 @@ async def _lines(feed: Feed, reader: Subscription) -> AsyncGenerator[bytes]:
     coming: asyncio.Task[Line | None] | None = None
     try:
         yield (
-            f"retry: 2000\nid: {feed.cursor()}\n\n".encode()
+            f"retry: 2000\nid: {reader.begin}\n\n".encode()
             if reader.complete
             else (b"event: incomplete\ndata: {}\n\n")
         )

@@ -1,8 +1,9 @@
 """Who may come in: host, origin, rate and token of a connection, before anything else of it."""
 
 import hmac
-from collections import OrderedDict
-from collections.abc import Collection
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from time import monotonic
@@ -13,6 +14,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stream.calls import CALLER
 from stream.server import ServerSettings
 
 COOKIE: Final = "livesat_token"
@@ -41,6 +43,9 @@ class Refusal:
     code: int
     status: int
     reason: str
+
+
+_CROWDED: Final = Refusal(LATER, 503, "too many connections; try again later")
 
 
 class Allowance:
@@ -75,6 +80,8 @@ class Gate:
         self._secrets = [secret.encode() for secret in settings.secrets]
         self._origins = {origin.rstrip("/").lower() for origin in settings.origins}
         self._rates: OrderedDict[str, Allowance] = OrderedDict()
+        self._open = 0
+        self._open_of: Counter[str] = Counter()  # by address; bounded by `max_connections`
 
     def refusal(self, connection: HTTPConnection, *, token: bool = True) -> Refusal | None:
         """Why not, or None.
@@ -94,6 +101,27 @@ class Gate:
         if token and self._secrets and not self.knows(shown(connection)):
             return Refusal(POLICY, 401, "expected a token: Authorization: Bearer …")
         return None
+
+    @contextmanager
+    def place(self, ip: str) -> Generator[bool]:
+        """A connection of an address, for as long as it is served; False when there is no room."""
+        limits = self._settings
+        free = (
+            self._open < limits.max_connections
+            and self._open_of[ip] < limits.max_connections_per_ip
+        )
+        if not free:
+            yield False
+            return
+        self._open += 1
+        self._open_of[ip] += 1
+        try:
+            yield True
+        finally:
+            self._open -= 1
+            self._open_of[ip] -= 1
+            if not self._open_of[ip]:
+                del self._open_of[ip]
 
     def knows(self, token: str | None) -> bool:
         """Whether it is one of ours; takes the same time for every token of a length."""
@@ -157,8 +185,14 @@ class Guard:
         open_to_all = path in self._open or path.startswith("/static/")
         refusal = self._gate.refusal(connection, token=not open_to_all)
         if refusal is None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http" or scope["path"] in self._plain:
+            ip = address(connection)
+            CALLER.set(ip)
+            with self._gate.place(ip) as free:
+                if free:
+                    await self._app(scope, receive, send)
+                    return
+            refusal = _CROWDED
+        if scope["type"] == "http" or scope["path"] in self._plain:
             await denied(refusal)(scope, receive, send)
         else:
             await turn_away(refusal, connection, receive, send)
@@ -176,6 +210,7 @@ _PHRASES: Final = {
     401: "INVALID_AUTH",
     403: "FORBIDDEN",
     429: "TOO_MANY_REQUESTS",
+    503: "TOO_MANY_CONNECTIONS",
 }
 
 

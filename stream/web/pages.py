@@ -21,6 +21,7 @@ from sinks.events import Event, TranscriptFinal, parse
 from sinks.roster import Roster
 from sinks.sink import SinkSettings
 from stream.server import Desk, ServerSettings
+from stream.web.body import Unread, read_json
 from stream.web.gate import COOKIE, Gate
 
 # Nothing from elsewhere, no inline script or style, no frame around us.
@@ -59,8 +60,10 @@ class Pages:
     async def login(self, request: Request) -> Response:
         """``{"token": …}`` → a cookie that only this page's requests carry."""
         try:
-            body = await request.json()
+            body = await read_json(request)
             token = body["token"]
+        except Unread as unread:
+            return unread.response()
         except (ValueError, KeyError, TypeError):
             token = None
         if not isinstance(token, str) or not self._gate.knows(token):

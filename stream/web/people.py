@@ -5,6 +5,7 @@ from starlette.responses import JSONResponse, Response
 
 from stream.server import Desk
 from stream.voiceprints import VoiceprintError
+from stream.web.body import Unread, read_json
 
 _LONGEST = 200
 
@@ -17,11 +18,11 @@ class People:
 
     async def name(self, request: Request) -> Response:
         """``{"name": "Anna", "enrol": false}`` for a label of an open session."""
-        if int(request.headers.get("content-length") or 0) > 10_000:
-            return JSONResponse({"error": "expected a short JSON object"}, 413)
         try:
-            body = await request.json()
+            body = await read_json(request)
             name, enrol = str(body["name"]).strip(), bool(body.get("enrol", False))
+        except Unread as unread:
+            return unread.response()
         except (ValueError, KeyError, TypeError, AttributeError):
             return JSONResponse({"error": 'expected {"name": …, "enrol": false}'}, 400)
         if not 0 < len(name) <= _LONGEST or not name.isprintable():

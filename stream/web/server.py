@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from stream.calls import Calls
 from stream.server import Desk, ServerSettings
 from stream.web.audio import Audio
+from stream.web.body import REQUEST_S
 from stream.web.deepgram import Listen
 from stream.web.feed import Events
 from stream.web.gate import Gate, Guard
@@ -26,9 +27,6 @@ from stream.web.people import People
 from stream.web.twilio import Twilio
 
 log = structlog.get_logger(__name__)
-
-REQUEST_S: Final = 10.0
-"""How long a connection may take to say what it wants."""
 
 GRACE_S: Final = 3
 """How long connections may take to end when the daemon does."""
@@ -79,6 +77,7 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
             group,
             desk,
             limit=settings.max_streams,
+            limit_each=settings.max_streams_per_ip,
             resume_s=desk.resume_s,
             buffer_ms=settings.buffer_ms,
         )
@@ -91,7 +90,8 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
             ws_per_message_deflate=False,
             ws_ping_interval=20,
             ws_ping_timeout=20,
-            limit_concurrency=settings.max_connections,
+            # Its own count, of connections that ask for nothing too, holds the one that asks.
+            limit_concurrency=settings.max_connections + 1,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=16_384,
@@ -110,6 +110,7 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
         serving = group.create_task(server.serve([listening]), name="server")
         await desk.stop.wait()
         await calls.over()  # their sessions end by themselves, and tell their clients
+        desk.feed.close()  # so that its readers end, and uvicorn has not to cancel them
         server.should_exit = True
         await serving
 
@@ -122,26 +123,66 @@ class Server(uvicorn.Server):
         """None are captured."""
         yield
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's; who has not gone by then is cut off: to be cancelled is logged as an error."""
+        cut = asyncio.get_running_loop().call_later(GRACE_S - 1, self._cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _cut(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast("Any", connection).transport.abort()
+
 
 class Prompt(H11Protocol):
-    """uvicorn's HTTP/1.1, for clients that say what they want within `REQUEST_S`."""
+    """uvicorn's HTTP/1.1, for clients that say what they want within `REQUEST_S`.
+
+    While no request is under way, either this clock runs or, on an idle connection, uvicorn's for
+    keep-alive, which the first byte that comes stops. ``abort`` in the state of a request cuts the
+    connection off, whatever still waits to be sent.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
         super().connection_made(transport)
-        self._late = self.loop.call_later(REQUEST_S, self._give_up)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self._upgraded = False
+        self._late: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop it when the head of a request is complete; start it at the first byte of another."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._upgraded or self._under_way:
+            self._stop()
+        elif self._late is None and self.timeout_keep_alive_task is None:
+            self._late = self.loop.call_later(REQUEST_S, self._give_up)
+
+    @property
+    def _under_way(self) -> bool:
+        cycle = cast("Any", self).cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _give_up(self) -> None:
-        waiting = cast("Any", self).cycle is None
-        if waiting and not self.transport.is_closing():
+        if not self._under_way and not self.transport.is_closing():
             self.transport.abort()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """It has said: a WebSocket."""
-        self._late.cancel()
+        self._upgraded = True
         super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop it."""
-        self._late.cancel()
+        self._stop()
         super().connection_lost(exc)

@@ -46,6 +46,16 @@ class TestFeed:
         assert again.complete
         assert [line.seq for line in await read(again)] == list(range(200))
 
+    async def test_who_is_evicted_amid_the_past_reads_no_more_of_it(self):
+        feed, talk = Feed(queue=20_000), Talk()
+        for _ in range(100):
+            feed.publish(talk.warning())
+        reader = feed.subscribe(Wanted(), cursor="0")
+        assert reader.begin == f"{feed.epoch}.0"
+        feed.publish(talk.warning("x" * 30_000))
+        assert reader.evicted
+        assert await read(reader) == []
+
     async def test_partials_go_before_the_reader_does(self):
         feed, talk = Feed(queue=20_000), Talk()
         slow = feed.subscribe(Wanted())

@@ -2,7 +2,11 @@ import asyncio
 import base64
 import json
 import re
+import socket as socketlib
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
+import httpx
 import numpy as np
 import pytest
 import websockets
@@ -10,9 +14,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
+from stream.feed import Feed
+from stream.server import ServerSettings
 from stream.session import Session
+from stream.web.server import serve
+from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
-from tests.stream.house import finals, pcm, serving, talk, until
+from tests.stream.house import finals, free_port, pcm, serving, talk, until
 from tests.stream.test_daemon import config
 
 QUIET = {"session": {"heartbeat_s": 0}}
@@ -26,7 +34,7 @@ def speech():
 
 async def closing(house, path, *messages, **keys):
     """Connect, send, and wait for the server to close → code, reason."""
-    async with house.connect(path, **keys) as socket:
+    async with asyncio.timeout(30), house.connect(path, **keys) as socket:
         try:
             for message in messages:
                 await socket.send(message)
@@ -186,6 +194,36 @@ class TestAudio:
         assert "1 streams are open, which is the limit" in reason
 
 
+@dataclass
+class Desk:
+    """As much of a house as the feed asks for."""
+
+    feed: Feed = field(default_factory=Feed)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    resume_s: float = 0.0
+
+    @asynccontextmanager
+    async def serving(self):
+        settings = ServerSettings(port=free_port())
+        with socketlib.create_server(("127.0.0.1", settings.port)) as listening:
+            running = asyncio.create_task(serve(settings, self, listening))
+            try:
+                yield settings.port, running
+            finally:
+                self.stop.set()
+                await running
+
+
+async def _first(answer, prefix, count):
+    """As many lines of a response that begin so."""
+    async for line in answer.aiter_lines():
+        if line.startswith(prefix):
+            yield line
+            count -= 1
+            if not count:
+                return
+
+
 class TestFeed:
     async def test_a_subscriber_resumes_by_seq_and_by_cursor(self, checkpoint, speech):
         async with serving(checkpoint, **QUIET) as house:
@@ -200,7 +238,10 @@ class TestFeed:
                 ready = json.loads(await socket.recv())
                 told = [json.loads(await socket.recv()) for _ in said]
                 assert [each["event"] for each in told] == said
-                assert told[-1]["cursor"] == ready["cursor"]
+            # Cut before it had read anything, it misses nothing either.
+            async with house.connect(f"/v1/events?cursor={ready['cursor']}") as socket:
+                assert json.loads(await socket.recv())["complete"]
+                assert json.loads(await socket.recv()) == told[0]
             async with house.connect(f"/v1/events?cursor={told[-2]['cursor']}") as socket:
                 await socket.recv()
                 assert json.loads(await socket.recv())["event"] == said[-1]
@@ -227,6 +268,40 @@ class TestFeed:
             await read(4)
             await read(len(wanted), **{"Last-Event-ID": heard[3][0]})
         assert [event for _, event in heard] == wanted
+
+    async def test_a_cut_before_the_first_line_loses_nothing(self, checkpoint, speech):
+        async with serving(checkpoint, **QUIET) as house, house.http() as http:
+            await talk(house, speech)
+            async with http.stream("GET", "/v1/events?cursor=0") as answer:
+                ids = [line[4:] async for line in _first(answer, "id: ", 2)]
+        assert [each.partition(".")[2] for each in ids] == ["0", "1"]
+
+    async def test_its_readers_end_when_the_server_does(self, caplog):
+        desk = Desk()
+        async with desk.serving() as (port, running):
+            url = f"http://127.0.0.1:{port}/v1/events"
+            async with httpx.AsyncClient() as http, http.stream("GET", url) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                desk.stop.set()
+                async for _ in lines:  # to its proper end, which httpx asks for
+                    pass
+            await running
+        assert "Exception in ASGI" not in caplog.text
+
+    async def test_a_reader_that_never_reads_is_cut_off(self, monkeypatch, caplog):
+        monkeypatch.setattr("stream.web.feed.SEND_S", 0.05)
+        desk, said = Desk(), Talk()
+        for _ in range(1500):  # more than the kernel's buffers take
+            desk.feed.publish(said.warning("x" * 10_000))
+        async with desk.serving() as (port, _), asyncio.timeout(30):
+            _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+            writer.write(b"GET /v1/events?cursor=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await until(lambda: len(desk.feed) == 1)
+            await until(lambda: len(desk.feed) == 0)
+            writer.transport.abort()
+        assert "Exception in ASGI" not in caplog.text
+        assert "completing" not in caplog.text
 
     @pytest.mark.parametrize(
         ("query", "expected"),
@@ -516,6 +591,16 @@ class TestGate:
             config(checkpoint, {}, server=given)
 
 
+async def said_to(house, data):
+    """Send bytes and read until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+    writer.write(data)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
 class TestLimits:
     async def test_hostile_clients_are_refused_and_a_good_one_notices_nothing(
         self, checkpoint, speech
@@ -581,6 +666,80 @@ class TestLimits:
         async with serving(checkpoint, {"idle_s": 0.1}) as house:
             code, reason = await closing(house, "/v1/audio")
         assert (code, reason) == (1008, "nothing came for 0.1 s")
+
+    @pytest.mark.parametrize("key", ["max_connections", "max_connections_per_ip"])
+    async def test_more_connections_than_may_be_are_turned_away(self, checkpoint, key):
+        async with serving(checkpoint, {key: 2}) as house, house.http() as http:
+            async with house.connect("/v1/events") as one:
+                await one.recv()
+                async with house.connect("/v1/events") as two:
+                    await two.recv()
+                    code, reason = await closing(house, "/v1/events")
+                    with pytest.raises(InvalidStatus) as refused:
+                        await closing(house, "/v1/listen")
+                    assert (await http.get("/livez")).status_code == 503
+                while (await http.get("/livez")).status_code != 200:
+                    pass  # until the server has seen it go
+        assert (code, reason) == (1013, "too many connections; try again later")
+        assert refused.value.response.status_code == 503
+
+    async def test_an_address_behind_a_proxy_takes_its_own_places_only(self, checkpoint):
+        server = {"max_connections_per_ip": 1, "proxies": ["127.0.0.1"]}
+        async with serving(checkpoint, server) as house:
+            first, second = ({"additional_headers": {"X-Forwarded-For": ip}} for ip in "12")
+            async with house.connect("/v1/events", **first) as one:
+                await one.recv()
+                assert (await closing(house, "/v1/events", **first))[0] == 1013
+                async with house.connect("/v1/events", **second) as two:
+                    assert json.loads(await two.recv())["type"] == "ready"
+
+    async def test_an_address_takes_its_own_streams_only(self, checkpoint):
+        server = {"max_streams_per_ip": 1, "proxies": ["127.0.0.1"]}
+        raw = "encoding=linear16&sample_rate=16000"
+        start = json.dumps({"event": "start", "start": {"tracks": ["inbound"]}})
+        async with serving(checkpoint, server, **QUIET) as house:
+            first, second = ({"additional_headers": {"X-Forwarded-For": ip}} for ip in "12")
+            async with house.connect("/v1/audio", **first) as socket:
+                token = json.loads(await socket.recv())["resume_token"]
+                async with house.connect("/v1/audio", **second) as other:
+                    assert json.loads(await other.recv())["type"] == "ready"
+                    refused = [
+                        await closing(house, path, *messages, **first)
+                        for path, *messages in (
+                            ("/v1/audio",),
+                            (f"/v1/listen?{raw}",),
+                            ("/v1/twilio", start),
+                        )
+                    ]
+                # The one it has may change its connection all the same.
+                async with house.connect(f"/v1/audio?resume={token}", **first) as again:
+                    assert json.loads(await again.recv())["type"] == "ready"
+            two = await closing(house, f"/v1/listen?{raw}&channels=2&multichannel=true", **second)
+        said = "1 streams of this address are open, which is the limit"
+        assert refused == [(1013, said)] * 3
+        assert two[0] == 1013
+
+    @pytest.mark.parametrize("way", ["POST /v1/login", "PUT /v1/sessions/x/speakers/S1"])
+    async def test_a_body_without_end_is_cut(self, checkpoint, way, monkeypatch):
+        chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
+        head = f"{way} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        async with serving(checkpoint) as house, asyncio.timeout(30):
+            assert b" 413 " in await said_to(house, head.encode() + chunk * 11)
+            monkeypatch.setattr("stream.web.body.REQUEST_S", 0.1)
+            assert b" 408 " in await said_to(house, head.encode() + chunk)
+
+    async def test_half_a_second_request_is_not_waited_for(self, checkpoint, monkeypatch):
+        monkeypatch.setattr("stream.web.server.REQUEST_S", 0.2)
+        get = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        async with serving(checkpoint) as house, asyncio.timeout(30):
+            reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+            for _ in range(2):
+                writer.write(get)
+                assert b" 200 " in await reader.readuntil(b"\r\n\r\nok\n")
+            writer.write(get[:20])
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            writer.close()
 
     async def test_too_many_connections_of_an_address_must_wait(self, checkpoint):
         async with serving(checkpoint, {"connects_per_minute": 5}) as house, house.http() as http:
