@@ -220,7 +220,7 @@ class Calls:
         group: Their tasks run in it.
         intake: Where streams are brought.
         limit: Calls at a time.
-        limit_each: Those of one address.
+        limit_each: Those of one address; None is no fewer than all.
         resume_s: How long a call waits for its caller to come back; 0 ends it at once.
         buffer_ms: Audio that may wait for the engine.
     """
@@ -231,7 +231,7 @@ class Calls:
         intake: Intake,
         *,
         limit: int,
-        limit_each: int | None = None,
+        limit_each: int | None,
         resume_s: float,
         buffer_ms: int,
     ) -> None:

@@ -188,7 +188,7 @@ def parse(data: Mapping[str, Any], *, where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(each)}" for each in error.errors()]
+        lines = [f"{where}: {without_credentials(_explain(each))}" for each in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
@@ -265,8 +265,7 @@ def _explain(error: ErrorDetails) -> str:
         return f"{key}: expected a name without '/' and control characters, up to 128 long"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
     message = message.replace("should be", "expected", 1).replace("should", "expected to", 1)
-    text = f"{key}: {message}" if "got " in message else f"{key}: got {given}, {message}"
-    return without_credentials(text)
+    return f"{key}: {message}" if "got " in message else f"{key}: got {given}, {message}"
 
 
 def _locate(loc: Sequence[int | str]) -> tuple[list[str], Any]:

@@ -239,6 +239,7 @@ class House:
     )
     survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
     """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
+    _given_back: asyncio.Event = field(default_factory=asyncio.Event)
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
     audio_s: float = 0.0
@@ -372,13 +373,9 @@ class House:
         slot = self.engine.acquire()
         try:
             async with source.open() as blocks:
-                if returns == "name":
-                    resume = self._survivor_of(name)
-                failure = await self._session_over(
+                await self._session_over(
                     name, source, blocks, slot, tap, returns=returns, resume=resume
                 )
-                if failure is not None and returns == "name":
-                    self.failures.append(failure)
         finally:
             self.engine.release(slot)
 
@@ -468,22 +465,28 @@ class House:
     def claim(self, token: str) -> Survivor | None:
         """The session of an earlier process with this token, if it can go on; only once."""
         survivor = self.survivors.get(token)
-        if survivor is None or time() - survivor.saved > self.config.session.resume_s:
+        if survivor is None or self._left_s(survivor) < 0:
             return None
         return self.survivors.pop(token)
 
     def give_back(self, survivor: Survivor) -> None:
         """See `Desk.give_back`."""
         self.survivors[survivor.token] = survivor
+        self._given_back.set()
+
+    def _left_s(self, survivor: Survivor) -> float:
+        """How long a session of an earlier process still waits; less than 0: no more."""
+        return survivor.saved + self.config.session.resume_s - time()
 
     async def _close_unclaimed(self) -> None:
         """End the sessions of an earlier process that nobody has gone on with in time."""
         while True:
             if not self.survivors:
-                await asyncio.sleep(1.0)  # one that was claimed may be given back
+                self._given_back.clear()
+                await self._given_back.wait()
                 continue
             oldest = min(self.survivors.values(), key=attrgetter("saved"))
-            left_s = oldest.saved + self.config.session.resume_s - time()
+            left_s = self._left_s(oldest)
             if left_s > 0:
                 await asyncio.sleep(min(left_s, 1.0))  # the clock on the wall may be set
                 continue
@@ -501,18 +504,14 @@ class House:
         """A source of the configuration, already open."""
         slot = self.engine.acquire()
         try:
-            failure = await self._session_over(
-                name, source, blocks, slot, None, returns="name", resume=self._survivor_of(name)
-            )
-            if failure is not None:
-                self.failures.append(failure)
+            await self._session_over(name, source, blocks, slot, None, returns="name")
         finally:
             self.engine.release(slot)
 
     def _survivor_of(self, name: str) -> Resumed | None:
         for token, survivor in self.survivors.items():
-            late = time() - survivor.saved > self.config.session.resume_s
-            if survivor.stream == name and not survivor.called and not late:
+            in_time = self._left_s(survivor) >= 0
+            if survivor.stream == name and not survivor.called and in_time:
                 del self.survivors[token]
                 return survivor.resumed(exact=False)
         return None
@@ -526,15 +525,16 @@ class House:
         tap: OnEvent | None,
         *,
         returns: Returns,
-        resume: Resumed | None,
-    ) -> str | None:
+        resume: Resumed | None = None,
+    ) -> None:
         """One session, from its source's first block to `session.closed`.
 
-        Returns:
-            Why the source failed, if it did.
+        One of the configuration goes on by its name, and why it failed is kept in `failures`.
         """
-        session = self._session(name, source, slot, resume)
         called = returns != "name"
+        if not called:
+            resume = self._survivor_of(name)
+        session = self._session(name, source, slot, resume)
         live = Live(session, source.name, called, source.live and returns != "never", tap)
         self.sessions += 1
         if resume is not None:
@@ -553,9 +553,11 @@ class House:
                 await self._emit(live, partial(session.warned, "sink.failed", f"{sink}: {error}"))
         self.live[session.id] = live
         try:
-            return await self._heard_out(live, blocks)
+            failure = await self._heard_out(live, blocks)
         finally:
             del self.live[session.id]
+        if failure is not None and not called:
+            self.failures.append(failure)
 
     async def _go_on(self, live: Live, resume: Resumed) -> None:
         """Take up a session of an earlier process.
@@ -572,9 +574,16 @@ class House:
         if resume.next_seq is not None:
             session.skip_to(resume.next_seq)
         saved = datetime.fromtimestamp(resume.saved, UTC).isoformat()
-        entry = Entry(session.id, session.stream_id, live.source, saved, next_seq=session.seq)
-        entry.audio_s = clock.seconds(session.received)
-        self.feed.resumed(entry)
+        self.feed.enter(
+            Entry(
+                session.id,
+                session.stream_id,
+                live.source,
+                saved,
+                audio_s=clock.seconds(session.received),
+                next_seq=session.seq,
+            )
+        )
         if resume.began is not None:
             resume.began()
         log.info("session goes on", stream=session.stream_id, session=session.id)
@@ -610,8 +619,7 @@ class House:
             await self._save(live)
             log.info("session kept", stream=session.stream_id, session=session.id)
         else:
-            if not session.abandoned:
-                await self._advance(live, session.close())
+            await self._advance(live, session.close())
             await self._emit(live, lambda: session.closed(reason))
             if self.survival is not None:
                 await self.survival.forget(session.id)

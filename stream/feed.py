@@ -232,9 +232,17 @@ class Feed:
                 self._readers.discard(reader)
                 self.evicted += 1
 
-    def resumed(self, entry: Entry) -> None:
-        """A session of an earlier process goes on; what it said before is not here."""
-        self._enter(entry)
+    def enter(self, entry: Entry) -> None:
+        """List a session: one that opens, or one of an earlier process that goes on.
+
+        What the latter said before is not here.
+        """
+        self._sessions[entry.session] = entry
+        while len(self._sessions) > SESSIONS:
+            old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
+            if old is None:
+                break
+            del self._sessions[old]
 
     def subscribe(
         self, wanted: Wanted, *, cursor: str | None = None, after: int | None = None
@@ -298,7 +306,7 @@ class Feed:
     def _list(self, event: Event) -> None:
         if isinstance(event, SessionOpened):
             opened = event.wall_time.isoformat()
-            self._enter(Entry(event.session_id, event.stream_id, event.source, opened))
+            self.enter(Entry(event.session_id, event.stream_id, event.source, opened))
         entry = self._sessions.get(event.session_id)
         if entry is None:
             return
@@ -320,11 +328,3 @@ class Feed:
             and event.from_label in entry.speakers
         ):
             entry.speakers.remove(event.from_label)
-
-    def _enter(self, entry: Entry) -> None:
-        self._sessions[entry.session] = entry
-        while len(self._sessions) > SESSIONS:
-            old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
-            if old is None:
-                break
-            del self._sessions[old]

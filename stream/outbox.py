@@ -8,7 +8,6 @@ the same id.
 
 import asyncio
 import contextlib
-import os
 import queue
 import sqlite3
 import threading
@@ -22,13 +21,11 @@ from typing import Any, Final
 import structlog
 
 from sinks.sink import SinkError
+from stream.writing import GATHER_S, gather, make_private
 
 log = structlog.get_logger(__name__)
 
 VERSION: Final = 1
-
-GATHER_S: Final = 0.03
-"""How long a transaction waits for more to write: what a kill may cost."""
 
 RETRY_S: Final = 0.5
 """How long a transaction that failed waits until it is tried again: a full disk, say."""
@@ -170,8 +167,7 @@ class Outbox:
 
     def _prepare(self, sinks: Collection[str]) -> sqlite3.Connection:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds what was said
+            make_private(self.path)  # it holds what was said
             database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise SinkError(f"fanout.outbox: {self.path}: cannot be opened ({error})") from error
@@ -212,7 +208,7 @@ class Outbox:
                         return
                     jobs.append(job)
                     time.sleep(GATHER_S)  # a thread of ours: more comes meanwhile
-                ended = self._gather(jobs)
+                ended = gather(self._jobs, jobs)
                 while jobs and self._commit(database, jobs[:TOGETHER]):
                     del jobs[:TOGETHER]
                 if jobs:
@@ -224,14 +220,6 @@ class Outbox:
                     return
         finally:
             database.close()
-
-    def _gather(self, jobs: list[_Job]) -> bool:
-        """Move what has come to the end of ``jobs`` → whether it was the last."""
-        with contextlib.suppress(queue.Empty):
-            while (more := self._jobs.get_nowait()) is not None:
-                jobs.append(more)
-            return True
-        return False
 
     def _shorten(self, jobs: list[_Job]) -> list[_Job]:
         """Without rows that come and go again: a sink that takes events fills no backlog."""

@@ -37,12 +37,12 @@ class Desk(Intake, Protocol):
         """How long a session waits for its caller to come back."""
         ...
 
-    def give_back(self, survivor: Survivor) -> None:
-        """What was claimed cannot go on now; it may be claimed again."""
-        ...
-
     def claim(self, token: str) -> Survivor | None:
         """The session of an earlier process with this token, once."""
+        ...
+
+    def give_back(self, survivor: Survivor) -> None:
+        """What was claimed cannot go on now; it may be claimed again."""
         ...
 
     def status(self) -> "Status":

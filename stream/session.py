@@ -165,8 +165,7 @@ class Session:
         self._counts: Counter[str] = Counter()
         self.lost = 0
         """Samples that went into gaps."""
-        self.abandoned = False
-        """See `abandon`."""
+        self._abandoned = False
         self._labels: set[str] = set()
         self._words = 0
 
@@ -293,12 +292,12 @@ class Session:
 
     def close(self) -> list[Ready]:
         """The audio ends → the chunks that bring out what is still under way."""
-        return self._ready(self.chunker.end())
+        return [] if self._abandoned else self._ready(self.chunker.end())
 
     def abandon(self) -> None:
-        """Something broke: what is under way is given up; `failed` and `closed` may follow."""
+        """Something broke: what is under way is given up, and `close` brings out nothing."""
         self._inflight.clear()
-        self.abandoned = True
+        self._abandoned = True
 
     def closed(self, reason: str) -> list[Event]:
         """The session's last event, once every chunk was taken."""

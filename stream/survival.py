@@ -7,7 +7,6 @@ of it is written by a thread of its own, in transactions that gather what has co
 
 import asyncio
 import contextlib
-import os
 import queue
 import sqlite3
 import threading
@@ -21,13 +20,11 @@ from typing import Final
 import structlog
 
 from stream.sources.source import Resumed
+from stream.writing import GATHER_S, gather, make_private
 
 log = structlog.get_logger(__name__)
 
 VERSION: Final = 1
-
-GATHER_S: Final = 0.03
-"""How long a transaction waits for more to write."""
 
 _SCHEMA: Final = """
 CREATE TABLE sessions (
@@ -163,8 +160,7 @@ class Survival:
 
     def _prepare(self) -> tuple[sqlite3.Connection, list[Survivor]]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds voices
+            make_private(self._path)  # it holds voices
             database = sqlite3.connect(self._path, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise SurvivalError(
@@ -201,11 +197,8 @@ class Survival:
         try:
             while (job := self._jobs.get()) is not None:
                 time.sleep(GATHER_S)  # a thread of ours: more comes meanwhile
-                jobs, ended = [job], False
-                with contextlib.suppress(queue.Empty):
-                    while (more := self._jobs.get_nowait()) is not None:
-                        jobs.append(more)
-                    ended = True
+                jobs = [job]
+                ended = gather(self._jobs, jobs)
                 self._commit(database, jobs)
                 if ended:
                     return

@@ -131,7 +131,9 @@ class _Client:
         self._language: str | None = None
         self.speaking = False
         """Whether an utterance is under way."""
-        self._broken: Exception | None = None
+        self._failure: Exception | None = (
+            None  # of a task; raised there, it would be one of a group
+        )
 
     async def run(self) -> None:
         try:
@@ -173,7 +175,6 @@ class _Client:
                 people[event.speaker] = event.identity
 
         await self._write(TranscriptStart(language=self._language).event())
-        refused: SourceError | EngineFull | None = None
         self.speaking = True
         try:
             async with asyncio.TaskGroup() as group:
@@ -182,16 +183,14 @@ class _Client:
                 try:
                     await self._intake.stream(f"{self._name}.{self._utterances}", line, tap=tap)
                 except (SourceError, EngineFull) as error:
-                    refused = error  # raised in the group, it would be one of a group
+                    self._failure = error
                 finally:
                     told.put_nowait(None)
                     hearing.cancel()
         finally:
             self.speaking = False
-        if refused is not None:
-            raise refused
-        if self._broken is not None:
-            raise self._broken
+        if self._failure is not None:
+            raise self._failure
         await self._write(TranscriptStop().event())
         said = " ".join(word.word for word in words)
         context = {"speakers": _speakers(words, people)}
@@ -208,7 +207,7 @@ class _Client:
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # what was heard is still told, if anyone listens
         except (ValueError, KeyError, TypeError) as error:
-            self._broken = error  # what was heard before is kept
+            self._failure = error  # what was heard before is kept
         finally:
             line.end()
 

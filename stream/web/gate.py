@@ -80,8 +80,7 @@ class Gate:
         self._secrets = [secret.encode() for secret in settings.secrets]
         self._origins = {origin.rstrip("/").lower() for origin in settings.origins}
         self._rates: OrderedDict[str, Allowance] = OrderedDict()
-        self._open = 0
-        self._open_of: Counter[str] = Counter()  # by address; bounded by `max_connections`
+        self._open: Counter[str] = Counter()  # by address; bounded by `max_connections`
 
     def refusal(self, connection: HTTPConnection, *, token: bool = True) -> Refusal | None:
         """Why not, or None.
@@ -107,21 +106,19 @@ class Gate:
         """A connection of an address, for as long as it is served; False when there is no room."""
         limits = self._settings
         free = (
-            self._open < limits.max_connections
-            and self._open_of[ip] < limits.max_connections_per_ip
+            self._open.total() < limits.max_connections
+            and self._open[ip] < limits.max_connections_per_ip
         )
         if not free:
             yield False
             return
-        self._open += 1
-        self._open_of[ip] += 1
+        self._open[ip] += 1
         try:
             yield True
         finally:
-            self._open -= 1
-            self._open_of[ip] -= 1
-            if not self._open_of[ip]:
-                del self._open_of[ip]
+            self._open[ip] -= 1
+            if not self._open[ip]:
+                del self._open[ip]
 
     def knows(self, token: str | None) -> bool:
         """Whether it is one of ours; takes the same time for every token of a length."""
