@@ -8,7 +8,7 @@ import struct
 import subprocess
 import threading
 import warnings
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -476,132 +476,118 @@ class TestWyoming:
             warnings.simplefilter("ignore", DeprecationWarning)  # audioop
             import wyoming.audio  # noqa: F401
 
+    @staticmethod
+    @asynccontextmanager
+    async def listening(checkpoint, engine=None, **keys):
+        """A daemon with a port for Wyoming → the port, what is emitted, how to stop it."""
+        port, stop, events = free_port(), asyncio.Event(), []
+        source = {"kind": "wyoming", "port": port, **keys}
+        served = config(checkpoint, {"ha": source}, engine=engine, **QUIET)
+        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                break
+            except OSError:
+                assert not running.done()
+                await asyncio.sleep(0.02)
+        try:
+            yield port, events, stop
+        finally:
+            stop.set()
+            await running
+
     async def test_the_packages_own_client_is_at_home(self, checkpoint):
         from wyoming.asr import Transcribe, Transcript
         from wyoming.audio import AudioChunk, AudioStart, AudioStop
         from wyoming.client import AsyncTcpClient
         from wyoming.info import Describe, Info
 
-        port, stop, events = free_port(), asyncio.Event(), []
-        served = config(checkpoint, {"ha": {"kind": "wyoming", "port": port}}, **QUIET)
-        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
-        client = AsyncTcpClient("127.0.0.1", port)
-        await self.connected(client, running)
-        await client.write_event(Describe().event())
-        info = Info.from_event(await client.read_event())
-        assert info.asr[0].supports_transcript_streaming
-        for _ in range(2):  # utterance after utterance over one connection
-            begun = len(events)
-            await client.write_event(Transcribe(language="en").event())
-            await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
-            data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
-            for at in range(0, len(data), 2048):
-                chunk = AudioChunk(rate=16_000, width=2, channels=1, audio=data[at : at + 2048])
-                await client.write_event(chunk.event())
-            await client.write_event(AudioStop().event())
-            types, text = [], ""
-            while True:
-                event = await client.read_event()
-                types.append(event.type)
-                if event.type == "transcript-chunk":
-                    text += event.data["text"]
-                if event.type == "transcript":
-                    break
-            finals_ = [e for e in events[begun:] if e.type == "transcript.final" and e.words]
-            transcript = Transcript.from_event(event)
-            words = [word for each in finals_ for word in each.words]
-            assert transcript.text == " ".join(word.word for word in words)
-            assert text.split() == transcript.text.split()
-            assert types[0] == "transcript-start"
-            assert types[-2] == "transcript-stop"
-            speakers = transcript.context["speakers"]
-            assert " ".join(each["text"] for each in speakers) == transcript.text
-            assert {each["label"] for each in speakers} == {word.speaker for word in words}
-        await client.disconnect()
-        stop.set()
-        await running
+        async with self.listening(checkpoint) as (port, events, _):
+            client = AsyncTcpClient("127.0.0.1", port)
+            await client.connect()
+            await client.write_event(Describe().event())
+            info = Info.from_event(await client.read_event())
+            assert info.asr[0].supports_transcript_streaming
+            for _ in range(2):  # utterance after utterance over one connection
+                begun = len(events)
+                await client.write_event(Transcribe(language="en").event())
+                await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+                data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
+                for at in range(0, len(data), 2048):
+                    chunk = AudioChunk(rate=16_000, width=2, channels=1, audio=data[at : at + 2048])
+                    await client.write_event(chunk.event())
+                await client.write_event(AudioStop().event())
+                types, text = [], ""
+                while True:
+                    event = await client.read_event()
+                    types.append(event.type)
+                    if event.type == "transcript-chunk":
+                        text += event.data["text"]
+                    if event.type == "transcript":
+                        break
+                finals_ = [e for e in events[begun:] if e.type == "transcript.final" and e.words]
+                transcript = Transcript.from_event(event)
+                words = [word for each in finals_ for word in each.words]
+                assert transcript.text == " ".join(word.word for word in words)
+                assert text.split() == transcript.text.split()
+                assert types[0] == "transcript-start"
+                assert types[-2] == "transcript-stop"
+                speakers = transcript.context["speakers"]
+                assert " ".join(each["text"] for each in speakers) == transcript.text
+                assert {each["label"] for each in speakers} == {word.speaker for word in words}
+            await client.disconnect()
 
     async def test_an_utterance_is_drained_when_the_daemon_stops(self, checkpoint):
         from wyoming.audio import AudioChunk, AudioStart
         from wyoming.client import AsyncTcpClient
 
-        port, stop, events = free_port(), asyncio.Event(), []
-        served = config(checkpoint, {"ha": {"kind": "wyoming", "port": port}}, **QUIET)
-        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
-        client = AsyncTcpClient("127.0.0.1", port)
-        await self.connected(client, running)
-        await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
-        data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
-        await client.write_event(AudioChunk(16_000, 2, 1, data).event())
-        await until(lambda: bool(events) and events[-1].end > 2)
-        stop.set()
-        types = []
-        while (event := await client.read_event()) is not None:
-            types.append(event.type)
-        await running
+        async with self.listening(checkpoint) as (port, events, stop):
+            client = AsyncTcpClient("127.0.0.1", port)
+            await client.connect()
+            await client.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+            data = pcm(speechlike(3 * SAMPLE_RATE, seed=5))
+            await client.write_event(AudioChunk(16_000, 2, 1, data).event())
+            await until(lambda: bool(events) and events[-1].end > 2)
+            stop.set()
+            types = []
+            while (event := await client.read_event()) is not None:
+                types.append(event.type)
+            await client.disconnect()
         assert types[-1] == "transcript"
         assert events[-1].type == "session.closed"
-        await client.disconnect()
 
     async def test_without_room_the_client_is_told(self, checkpoint):
         from wyoming.audio import AudioStart
         from wyoming.client import AsyncTcpClient
 
-        port, stop, events = free_port(), asyncio.Event(), []
-        served = config(
-            checkpoint, {"ha": {"kind": "wyoming", "port": port}}, engine={"slots": 1}, **QUIET
-        )
-        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
-        first, second = (AsyncTcpClient("127.0.0.1", port) for _ in range(2))
-        await self.connected(first, running)
-        await first.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
-        await until(lambda: bool(events))
-        await second.connect()
-        await second.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
-        told = []
-        while (event := await second.read_event()) is not None:
-            told.append(event)
-        assert [each.type for each in told] == ["transcript-start", "error"]
-        assert told[-1].data["code"] == "busy"
-        stop.set()
-        await running
-        await first.disconnect()
-        await second.disconnect()
-
-    @staticmethod
-    async def connected(client, running):
-        while True:
-            try:
-                await client.connect()
-            except OSError:
-                assert not running.done()
-                await asyncio.sleep(0.02)
-            else:
-                return
+        async with self.listening(checkpoint, engine={"slots": 1}) as (port, events, _):
+            first, second = (AsyncTcpClient("127.0.0.1", port) for _ in range(2))
+            await first.connect()
+            await first.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+            await until(lambda: bool(events))
+            await second.connect()
+            await second.write_event(AudioStart(rate=16_000, width=2, channels=1).event())
+            told = []
+            while (event := await second.read_event()) is not None:
+                told.append(event)
+            assert [each.type for each in told] == ["transcript-start", "error"]
+            assert told[-1].data["code"] == "busy"
+            await first.disconnect()
+            await second.disconnect()
 
     async def test_nonsense_is_hung_up_on(self, checkpoint):
-        port, stop, events = free_port(), asyncio.Event(), []
-        served = config(
-            checkpoint, {"ha": {"kind": "wyoming", "port": port, "idle_s": 0.3}}, **QUIET
-        )
-        running = asyncio.create_task(run(served, stop=stop, on_event=events.append))
-        for message in (
-            b"no json\n",
-            b'{"type": "audio-start", "data": {"rate": 1}}\n',
-            b'{"type": "audio-chunk", "payload_length": 999999999}\n',
-            b"",
-        ):
-            while True:
-                try:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                    break
-                except OSError:
-                    assert not running.done()
-                    await asyncio.sleep(0.02)
-            writer.write(message)
-            async with asyncio.timeout(10):
-                assert await reader.read() == b""
-            writer.close()
-        stop.set()
-        await running
+        async with self.listening(checkpoint, idle_s=0.3) as (port, events, _):
+            for message in (
+                b"no json\n",
+                b'{"type": "audio-start", "data": {"rate": 1}}\n',
+                b'{"type": "audio-chunk", "payload_length": 999999999}\n',
+                b"",
+            ):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(message)
+                async with asyncio.timeout(10):
+                    assert await reader.read() == b""
+                writer.close()
         assert events == []

@@ -38,6 +38,16 @@ async def begin(house, data, upto):
         assert (socket.close_code, socket.close_reason) == (1012, "the daemon is stopping; resume")
 
 
+async def cut_off(checkpoint, data, keys):
+    """A daemon that stops amid a call → what the caller was told, its token, all that was said."""
+    async with serving(checkpoint, **keys) as house:
+        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
+            await until(lambda: house.events[-1].end > 2.0)
+            house.stop.set()
+            events, token = heard, given
+    return events, token, house.events
+
+
 async def go_on(house, data, token, after):
     """Come back with the token, send what the daemon has not → its events."""
     async with house.connect(f"/v1/audio?resume={token}&have=0&after={after}") as socket:
@@ -53,11 +63,7 @@ async def test_a_session_outlives_a_stop_of_the_daemon(checkpoint, speech, tmp_p
     async with serving(checkpoint, session=QUIET) as house:
         whole = await talk(house, speech)
     keys = {"session": {**QUIET, "state": state}}
-    async with serving(checkpoint, **keys) as house:
-        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
-            await until(lambda: house.events[-1].end > 2.0)
-            house.stop.set()
-            events, token = heard, given
+    events, token, _ = await cut_off(checkpoint, data, keys)
     assert "session.closed" not in {event["type"] for event in events}
     async with serving(checkpoint, **keys) as house:
         ready, later = await go_on(house, data, token, events[-1]["seq"])
@@ -70,11 +76,7 @@ async def test_a_session_outlives_a_stop_of_the_daemon(checkpoint, speech, tmp_p
 
 async def test_who_missed_what_an_earlier_daemon_said_is_told(checkpoint, speech, tmp_path):
     data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
-    async with serving(checkpoint, **keys) as house:
-        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
-            await until(lambda: house.events[-1].end > 2.0)
-            house.stop.set()
-            events, token = heard, given
+    events, token, _ = await cut_off(checkpoint, data, keys)
     async with serving(checkpoint, **keys) as house:
         async with house.connect(f"/v1/audio?resume={token}&after={events[0]['seq']}") as socket:
             assert json.loads(await socket.recv())["complete"] is False
@@ -105,11 +107,7 @@ async def test_who_cannot_come_back_is_told_the_rest_before_the_daemon_stops(
 
 async def test_a_resume_that_was_refused_may_be_tried_again(checkpoint, speech, tmp_path):
     data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
-    async with serving(checkpoint, **keys) as house:
-        async for heard, given in begin(house, data, 3 * SAMPLE_RATE * 2):
-            await until(lambda: house.events[-1].end > 2.0)
-            house.stop.set()
-            events, token = heard, given
+    events, token, _ = await cut_off(checkpoint, data, keys)
     async with serving(checkpoint, server={"max_streams": 1}, **keys) as house:
         async with house.connect("/v1/audio?name=other") as other:
             assert json.loads(await other.recv())["type"] == "ready"
@@ -133,11 +131,7 @@ async def test_who_does_not_come_back_has_a_session_that_is_closed_in_order(
 ):
     data = pcm(speech)
     keys = {"session": {**QUIET, "state": tmp_path / "state.db", "resume_s": 0.3}}
-    async with serving(checkpoint, **keys) as house:
-        async for _ in begin(house, data, 3 * SAMPLE_RATE * 2):
-            await until(lambda: house.events[-1].end > 2.0)
-            house.stop.set()
-    first = house.events
+    _, _, first = await cut_off(checkpoint, data, keys)
     async with serving(checkpoint, **keys) as house:
         await until(lambda: any(e.type == "session.closed" for e in house.events))
     assert house.events[0].session_id == first[0].session_id
