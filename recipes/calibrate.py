@@ -21,6 +21,7 @@ from recipes.diarization import diarize, judge_all, percent
 from recipes.export import load_student
 from recipes.hearing import Heard, listen
 from recipes.recognition import beam, word_scores
+from recipes.rooms import load as load_rooms
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Simulator
 from recipes.student import Student
@@ -41,6 +42,7 @@ class Calibrate(Settings):
         simulated: how many simulated conversations.
         simulated_hops: their length.
         simulated_share: theirs of the error.
+        acoustics: of them.
         candidates: dotted key of `TracksSettings` → values to try for the least diarization error.
         language_model: ARPA file of the beam search; null leaves decoding as it is.
         decoding: as candidates, for the least character error with the language model.
@@ -59,6 +61,7 @@ class Calibrate(Settings):
     simulated: int = 12
     simulated_hops: int = 1500
     simulated_share: float = 0.2
+    acoustics: Acoustics = Acoustics()
     candidates: dict[str, list[Any]]
     language_model: Path | None = None
     decoding: dict[str, list[Any]] = {}  # noqa: RUF012  (pydantic copies defaults)
@@ -80,7 +83,13 @@ class Case:
 def simulated_clips(corpus: Corpus, settings: Calibrate) -> list[Clip]:
     """Conversations of the development speakers, with their exact reference."""
     shares = {item.corpus: 1.0 for item in corpus.utterances if item.split == "dev"}
-    simulator = Simulator(corpus, Acoustics(), Conversation(sources=shares), split="dev")
+    simulator = Simulator(
+        corpus,
+        settings.acoustics,
+        Conversation(sources=shares),
+        split="dev",
+        rooms=load_rooms(settings.data),
+    )
     clips: list[Clip] = []
     for number in range(settings.simulated):
         scene = simulator.talk(

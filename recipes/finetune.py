@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from model.state import Window
 from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
+from recipes.export import load_student
 from recipes.loop import ALONE, World, average_gradients, device_of, ramp, train, world
 from recipes.objectives import (
     VoiceTargets,
@@ -64,6 +65,9 @@ class Finetune(Settings):
         data: folder of stage 1.
         campplus: the teacher's state dict: its last layer starts ours; none, and it is random.
         run: folder of the checkpoint and the log.
+        start: exported folder or checkpoint whose weights the run starts from, but for the x-vector
+            head's last layer, which starts from the teacher; none, and it starts anew.
+        first_step: number of the first step from there.
         seed: of everything.
         steps: length of the run.
         decay_steps: the learning rate falls to nothing over the last ones.
@@ -96,6 +100,8 @@ class Finetune(Settings):
     data: Path
     campplus: Path | None
     run: Path
+    start: Path | None = None
+    first_step: int = 0
     seed: int = 1
     steps: int
     decay_steps: int
@@ -295,7 +301,10 @@ class Run:
         self.content = nn.Linear(settings.shape.width, CONTENT_CHANNELS)
         if self.corpus.content is not None:
             self.content_statistics = content_statistics(self.corpus)
-        start_voice(self.student, self.targets)
+        if settings.start is None:
+            start_voice(self.student, self.targets)
+        else:
+            self.student.load_state_dict(load_student(settings.start).state_dict())
         if settings.campplus is not None:
             start_from_teacher(self.student, self.targets, settings.campplus)
         for module in (self.student, self.mel, self.content):
@@ -303,7 +312,7 @@ class Run:
         self.targets.to(self.device)
         self.average = {name: p.detach().clone() for name, p in self.student.named_parameters()}
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=True)
-        self.step = 0
+        self.step = settings.first_step
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         kept = [self.student.first_filters, *self.student.speaker.feature_extractor.parameters()]
@@ -323,7 +332,8 @@ class Run:
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         s = self.settings
-        return s.rate * ramp(step, s.steps, s.warm_up_steps, s.decay_steps)
+        first = s.first_step
+        return s.rate * ramp(step - first, s.steps - first, s.warm_up_steps, s.decay_steps)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Every loss of a batch by name, not yet weighted."""
@@ -412,7 +422,8 @@ class Run:
         if math.isfinite(seen["norm"]):
             self.optimizer.step()
         self.step += 1
-        keep = min(s.average, self.step / (self.step + 10))
+        made = self.step - s.first_step
+        keep = min(s.average, made / (made + 10))
         with torch.no_grad():
             for name, parameter in self.student.named_parameters():
                 self.average[name].lerp_(parameter, 1 - keep)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.signal import butter, lfilter, oaconvolve, sosfilt
 
-from recipes.channels import drawn
+from recipes.channels import drawn, microphone
 from recipes.corpus import HOP, RATE, Corpus
 from recipes.rooms import Bank
 from recipes.settings import Settings
@@ -45,6 +45,8 @@ class Acoustics(Settings):
         clean: share of scenes of one utterance that are left as recorded but for the level.
         clatter: share of scenes with taps, clicks and rustling.
         clatter_snr_db: ratio of the speech to the loudest of them, uniform.
+        colour: share of scenes whose microphone is not flat (`recipes.channels.microphone`).
+        colour_db: deviation of its gains.
     """
 
     level_db: tuple[float, float] = (-52.0, -16.0)
@@ -60,6 +62,8 @@ class Acoustics(Settings):
     clean: float = 0.0
     clatter: float = 0.0
     clatter_snr_db: tuple[float, float] = (-6.0, 20.0)
+    colour: float = 0.0
+    colour_db: float = 5.0
 
 
 class Conversation(Settings):
@@ -354,6 +358,10 @@ class _Stage:
         if how.clatter and rng.random() < how.clatter:
             noise = clatter(rng, len(wave))
             wave += noise * (loudness * 10 ** (-rng.uniform(*how.clatter_snr_db) / 20))
+        if how.colour and rng.random() < how.colour:
+            before = _rms(wave)
+            wave = oaconvolve(wave, microphone(rng, how.colour_db), "same").astype(np.float32)
+            wave *= before / _rms(wave)
         if rng.random() < how.narrow_band:
             edges = (rng.uniform(150, 350), rng.uniform(3000, 3800))
             band = butter(4, edges, "band", fs=RATE, output="sos")

@@ -109,6 +109,22 @@ def test_the_rate_rises_stays_and_falls(settings):
     assert run.rate(60) == 0
 
 
+def test_a_run_may_start_from_the_weights_of_another(settings, tmp_path):
+    first = Run(settings)
+    for _ in range(3):
+        first.advance()
+    save(first, tmp_path)
+    more = {"start": tmp_path / "checkpoint.pt", "first_step": 60, "steps": 90}
+    run = Run(settings.model_copy(update=more))
+    for name, parameter in run.student.named_parameters():
+        assert torch.equal(parameter, first.average[name]), name
+    assert run.step == 60
+    assert run.rate(60) == pytest.approx(settings.rate / 5)
+    assert run.rate(80) == pytest.approx(settings.rate / 2)
+    run.advance()
+    assert run.step == 61
+
+
 def test_exported_checkpoints_are_the_student(tmp_path):
     torch.manual_seed(0)
     student = Student(TINY).eval()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recipes.channels import available, delay, through
+from recipes.channels import available, delay, microphone, through
 from recipes.corpus import RATE
 from recipes.rooms import SOUND, Bank, Rooms, make, reflection, response, without_bias
 
@@ -70,3 +70,18 @@ def test_a_codec_changes_sound_and_not_time(name):
 def test_a_codec_that_is_not_there():
     with pytest.raises(ValueError, match="codec: expected one of"):
         through(np.zeros(10, np.float32), "carrier pigeon")
+
+
+def test_a_microphone_colours_and_moves_nothing():
+    rng = np.random.default_rng(5)
+    filters = [microphone(rng, 6.0) for _ in range(200)]
+    for taps in filters:
+        assert np.allclose(taps, taps[::-1], atol=1e-6)  # zero-phase about the middle tap
+    gain_db = 20 * np.log10(np.abs(np.fft.rfft(filters, 1024)) + 1e-6)
+    speech = gain_db[:, 32:160]  # 500 … 2,500 Hz, between bass and treble edges
+    assert 3 < speech.std(0).mean() < 7
+    assert abs(speech.mean()) < 2
+    bass, treble = gain_db[:, 3], gain_db[:, 480]
+    assert bass.mean() < -3 > treble.mean()
+    flat = np.abs(np.fft.rfft(microphone(np.random.default_rng(1), 0.0), 1024))
+    assert flat.max() < 1.1
