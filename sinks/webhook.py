@@ -9,9 +9,9 @@ The body is a JSON array of events (``application/json``; with the envelope ``cl
 ``Idempotency-Key``
     ``<id of the first event>/<how many>``: the same for the same batch sent again.
 
-A 2xx takes the batch. 5xx and what says nothing of the events (401, 403, 404, 407, 408, 425, 429)
-mean *not now*; any other status refuses it: its events are then sent one by one, so that one of them
-does not cost the others.
+A 2xx takes the batch. 5xx, and what says nothing of the events (401, 403, 404, 407, 408, 425, 429),
+mean *not now*; any other status refuses it: its events are then sent one by one, so that one of
+them does not cost the others.
 """
 
 import asyncio

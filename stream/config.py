@@ -15,15 +15,19 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from sinks import AnySink
+from sinks import AnySink, MqttSettings, SinkSettings
 from stream.engine import EngineSettings
 from stream.fanout import FanoutSettings
 from stream.server import ServerSettings
 from stream.sources import AnySource
+from stream.sources.apart import Multichannel, stream_name
+from stream.sources.source import Listener
 from stream.tracks.settings import TracksSettings
 
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,128}$")]
@@ -140,6 +144,25 @@ class Config(BaseModel):
         default=None, description="Database of enrolled voices; null is the user's own."
     )
     log: LogSettings = LogSettings()
+
+    @field_validator("sinks")
+    @classmethod
+    def _own_streams_stay(
+        cls, sinks: dict[str, SinkSettings], info: ValidationInfo
+    ) -> dict[str, SinkSettings]:
+        """A broker keeps the state of our own streams, which return under the same name."""
+        own: list[str] = []
+        for name, source in info.data.get("sources", {}).items():
+            if isinstance(source, Multichannel) and source.apart is not None:
+                own += (stream_name(name, channel) for channel in range(source.apart))
+            elif not isinstance(source, Listener):
+                own.append(name)
+        return {
+            name: sink.model_copy(update={"keep": tuple(sorted({*sink.keep, *own}))})
+            if isinstance(sink, MqttSettings)
+            else sink
+            for name, sink in sinks.items()
+        }
 
     @model_validator(mode="after")
     def _something_to_hear(self) -> Self:

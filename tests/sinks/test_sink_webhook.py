@@ -163,7 +163,7 @@ async def test_an_answer_that_drips_is_not_waited_for() -> None:
     port = server.sockets[0].getsockname()[1]
     hook = {"url": f"http://127.0.0.1:{port}/", "timeout_s": 0.1}
     async with server, WebhookSettings.model_validate(hook).open() as sink:
-        with pytest.raises(Disconnected, match="127.0.0.1: TimeoutError"):
+        with pytest.raises(Disconnected, match=r"127\.0\.0\.1: TimeoutError"):
             await sink.send(Talk().warning())
         await hung_up.wait()
 
