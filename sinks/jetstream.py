@@ -9,11 +9,12 @@ them. The driver, nats-py, is imported when a sink is opened.
 import asyncio
 import re
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
+import structlog
 from pydantic import Field, SecretStr
 
 from sinks.envelope import MEDIA, EnvelopeSettings
@@ -23,6 +24,12 @@ from sinks.sink import Disconnected, Rejected, SinkError
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js import JetStreamContext
+
+
+log = structlog.get_logger(__name__)
+
+DENIED: Final = "permissions violation"
+"""What a server says of a subject that we may not use, in the driver's spelling."""
 
 
 class NatsSettings(EnvelopeSettings, frozen=True):
@@ -68,8 +75,14 @@ class NatsSettings(EnvelopeSettings, frozen=True):
         async def gone(*_: object) -> None:
             lost.set()
 
-        async def quiet(_: Exception) -> None:
-            """What goes wrong is told by the calls that it concerns."""
+        denied: list[str] = []
+
+        async def told(error: Exception) -> None:
+            """What goes wrong is told by the calls that it concerns, but for a lack of rights."""
+            if DENIED in str(error):
+                if not denied:
+                    log.error("nats refuses a subject", error=str(error))
+                denied[:] = [str(error)]
 
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -86,7 +99,7 @@ class NatsSettings(EnvelopeSettings, frozen=True):
                     max_reconnect_attempts=1,
                     disconnected_cb=gone,
                     closed_cb=gone,
-                    error_cb=quiet,
+                    error_cb=told,
                 )
         except (OSError, TimeoutError, nats.errors.Error) as error:
             raise Disconnected(f"nats {where}: {str(error) or type(error).__name__}") from None
@@ -96,7 +109,7 @@ class NatsSettings(EnvelopeSettings, frozen=True):
                 await self._prepare(stream)
             except (TimeoutError, nats.errors.Error, nats.js.errors.Error) as error:
                 raise SinkError(f"nats {where}: stream {self.stream}: {error}") from None
-            yield NatsSink(self, client, stream, lost)
+            yield NatsSink(self, client, stream, lost, denied)
         finally:
             with suppress(Exception):
                 async with asyncio.timeout(1.0):
@@ -141,8 +154,10 @@ class NatsSink:
         client: "Client",
         stream: "JetStreamContext",
         lost: asyncio.Event,
+        denied: Sequence[str] = (),
     ) -> None:
         self._settings, self._client, self._stream, self._lost = settings, client, stream, lost
+        self._denied = denied  # what the server has said last of our rights
 
     async def send(self, event: Event) -> None:
         """Deliver one event; a final is stored when this returns.
@@ -185,6 +200,10 @@ class NatsSink:
         except nats.errors.MaxPayloadError as error:
             raise Rejected(f"nats: {error}") from None
         except (OSError, TimeoutError, nats.errors.Error, nats.js.errors.Error) as error:
+            # What may not be published is not answered: the server says it beside.
+            for said in self._denied:
+                if f'"{subject.lower()}"' in said:
+                    raise Rejected(said) from None
             raise Disconnected(f"nats: {str(error) or type(error).__name__}") from None
 
     async def lost(self) -> None:

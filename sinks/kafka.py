@@ -125,9 +125,10 @@ class KafkaSink:
 
         Raises:
             Disconnected: the cluster cannot be reached, or did not answer in time.
+            SinkError: we have no right to the topic: that is no fault of this record.
             Rejected: it refused the record.
         """
-        from aiokafka.errors import KafkaError
+        from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
 
         settings = self._settings
         headers = [
@@ -136,17 +137,25 @@ class KafkaSink:
             ("content-type", MEDIA[settings.envelope].encode()),
         ]
         try:
-            await self._producer.send_and_wait(
-                settings.topic,
-                settings.encode(event),
-                key=event.session_id.encode(),
-                timestamp_ms=int(event.wall_time.timestamp() * 1000),
-                headers=headers,
-            )
+            # An idempotent producer of this driver never gives up by itself.
+            async with asyncio.timeout(settings.timeout_s):
+                await self._producer.send_and_wait(
+                    settings.topic,
+                    settings.encode(event),
+                    key=event.session_id.encode(),
+                    timestamp_ms=int(event.wall_time.timestamp() * 1000),
+                    headers=headers,
+                )
+        except TimeoutError:
+            raise Disconnected(
+                f"kafka: no answer from {', '.join(settings.brokers)} in {settings.timeout_s:g} s"
+            ) from None
         except KafkaError as error:
             what = f"kafka: {str(error) or type(error).__name__}"
             if getattr(error, "retriable", False):
                 raise Disconnected(what) from None
+            if isinstance(error, TopicAuthorizationFailedError):
+                raise SinkError(what) from None
             raise Rejected(what) from None
         except OSError as error:
             raise Disconnected(f"kafka: {error}") from None

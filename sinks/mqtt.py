@@ -12,6 +12,9 @@ topic                                           QoS  retained  payload
 With ``home_assistant``, a sensor of every stream is announced under Home Assistant's discovery
 prefix, retained: its state is who speaks.
 
+What is retained of a caller's stream is cleared, by an empty payload, when its session closes: the
+name may never come back. Of the configuration's own streams, and of those in ``keep``, it stays.
+
 Events and states carry the user properties ``session_id``, ``seq`` and ``type``. ``offline`` is
 also the last will. A stream's name is percent-encoded where MQTT would take a character of it for
 structure. The driver, aiomqtt, is imported when a sink is opened.
@@ -136,6 +139,11 @@ class MqttSettings(SinkSettings, frozen=True):
     discovery: str = Field(
         default="homeassistant", min_length=1, description="Home Assistant's discovery prefix."
     )
+    keep: tuple[str, ...] = Field(
+        default=(),
+        description="Streams, besides the configuration's own, whose state and sensor stay when "
+        "their session has closed: callers that come back under the same name.",
+    )
 
     @field_validator("root", "node")
     @classmethod
@@ -173,7 +181,7 @@ class MqttSettings(SinkSettings, frozen=True):
         """
         if self.client_id is not None:
             return self.client_id
-        told = self.model_dump_json(exclude={"password"}).encode()
+        told = self.model_dump_json(exclude={"password", "keep"}).encode()
         return f"livesat{hashlib.sha256(told).hexdigest()[:16]}"
 
     def secret(self) -> str | None:
@@ -222,7 +230,7 @@ class MqttSettings(SinkSettings, frozen=True):
         )
         async with connection:
             prefix = self.discovery if self.home_assistant else None
-            sink = MqttSink(self.base, connection, prefix)
+            sink = MqttSink(self.base, connection, prefix, frozenset(self.keep))
             await sink.say(ONLINE)
             try:
                 yield sink
@@ -272,10 +280,18 @@ class _Stream:
 class MqttSink:
     """An open connection: publishes one event at a time."""
 
-    def __init__(self, base: str, connection: "Connection", discovery: str | None = None) -> None:
+    def __init__(
+        self,
+        base: str,
+        connection: "Connection",
+        discovery: str | None = None,
+        keep: frozenset[str] = frozenset(),
+    ) -> None:
         self._base = base
         self._connection = connection
         self._discovery = discovery
+        self._keep = keep
+        # Bound: streams with an open session, and those that are kept.
         self._announced: set[str] = set()
         self._streams: dict[str, _Stream] = {}
         self._denied: set[str] = set()
@@ -291,9 +307,12 @@ class MqttSink:
             Rejected: the broker refused the event.
         """
         stream = f"{self._base}/{level(event.stream_id)}"
-        if self._discovery is not None and event.stream_id not in self._announced:
-            await self._announce(self._discovery, stream, event)
-        await self._tell_state(f"{stream}/state", event)
+        if isinstance(event, SessionClosed) and event.stream_id not in self._keep:
+            await self._clear(stream, event)
+        else:
+            if self._discovery is not None and event.stream_id not in self._announced:
+                await self._announce(self._discovery, stream, event)
+            await self._tell_state(f"{stream}/state", event)
         kind, qos = ("event", 1) if event.is_final else ("partial", 0)
         await self._publish(f"{stream}/{kind}/{event.type}", dump(event), event, qos=qos)
 
@@ -314,8 +333,7 @@ class MqttSink:
 
     async def _announce(self, prefix: str, stream: str, event: Event) -> None:
         """A sensor for Home Assistant. Source: its MQTT discovery, component sensor."""
-        unique = re.sub(r"[^A-Za-z0-9_-]", "_", f"livesat_{stream.removeprefix(self._base)}")
-        node = re.sub(r"[^A-Za-z0-9_-]", "_", self._base)
+        node, unique = self._sensor(stream)
         sensor = {
             "name": f"{event.stream_id} speaking",
             "unique_id": f"{node}{unique}",
@@ -333,8 +351,25 @@ class MqttSink:
             },
         }
         topic = f"{prefix}/sensor/{node}/{unique}/config"
-        await self._publish(topic, json.dumps(sensor).encode(), event, qos=1, retain=True)
+        await self._retain(topic, json.dumps(sensor).encode(), event)
         self._announced.add(event.stream_id)
+
+    def _sensor(self, stream: str) -> tuple[str, str]:
+        """What Home Assistant calls us, and a stream of ours."""
+        unique = re.sub(r"[^A-Za-z0-9_-]", "_", f"livesat_{stream.removeprefix(self._base)}")
+        return re.sub(r"[^A-Za-z0-9_-]", "_", self._base), unique
+
+    async def _clear(self, stream: str, event: Event) -> None:
+        """Take back what is retained of a stream. Source: MQTT 5.0, 3.3.1.3."""
+        topics = [f"{stream}/state"]
+        if self._discovery is not None:  # first: a sensor makes nothing of an empty state
+            node, unique = self._sensor(stream)
+            topics.insert(0, f"{self._discovery}/sensor/{node}/{unique}/config")
+        for topic in topics:
+            await self._retain(topic, b"", event)
+        self._announced.discard(event.stream_id)
+        self._streams.pop(event.stream_id, None)
+        self._denied.difference_update(topics)
 
     async def _tell_state(self, topic: str, event: Event) -> None:
         stream = self._streams.get(event.stream_id)
@@ -353,17 +388,19 @@ class MqttSink:
                 time=event.end,
                 wall_time=event.wall_time,
             )
-            payload = state.model_dump_json().encode()
-            try:
-                await self._publish(topic, payload, event, qos=1, retain=True)
-            except Rejected as error:
-                # The event itself may be welcome; say it once, not with every event.
-                if topic not in self._denied:
-                    self._denied.add(topic)
-                    log.error("state refused", error=str(error))  # noqa: TRY400 - no traceback
+            await self._retain(topic, state.model_dump_json().encode(), event)
             stream.told = names
         if closed:
             del self._streams[event.stream_id]
+
+    async def _retain(self, topic: str, payload: bytes, event: Event) -> None:
+        try:
+            await self._publish(topic, payload, event, qos=1, retain=True)
+        except Rejected as error:
+            # The event itself may be welcome; say it once, not with every event.
+            if topic not in self._denied:
+                self._denied.add(topic)
+                log.error("state refused", error=str(error))  # noqa: TRY400 - no traceback
 
     async def _publish(
         self, topic: str, payload: bytes, event: Event, *, qos: int, retain: bool = False

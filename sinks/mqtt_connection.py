@@ -25,6 +25,9 @@ from sinks.sink import Disconnected, Rejected, SinkError
 FAREWELL_S: Final = 2.0
 """How long leaving may take: a broker that is gone cannot be said goodbye to."""
 
+_HEADER: Final = 9
+"""Bytes of a PUBLISH besides topic, properties and payload, at most. Source: MQTT 5.0, 3.3."""
+
 QUOTA_EXCEEDED: Final = 0x97
 """A reason code that a later attempt may not meet. Source: MQTT 5.0, 3.4.2.1."""
 
@@ -72,6 +75,7 @@ class Connection(aiomqtt.Client):
         )
         self._where = f"{host}:{port}"
         self._refusal: ReasonCode | None = None
+        self._largest: int | None = None
         self._left = False
         self._client.connect_timeout = timeout_s
 
@@ -138,9 +142,15 @@ class Connection(aiomqtt.Client):
         if self._disconnected.done():
             raise Disconnected(self._why())
         self._refusal = None
-        publish = asyncio.ensure_future(
-            self.publish(topic, payload, qos, retain, _properties(content_type, user))
-        )
+        properties = _properties(content_type, user)
+        size = _HEADER + len(topic.encode()) + len(properties.pack()) + len(payload)
+        if self._largest is not None and size > self._largest:
+            # It would hang up, and again at every attempt.
+            raise Rejected(
+                f"the MQTT broker {self._where} takes packets of {self._largest} bytes at most, "
+                f"{topic} has {size}"
+            )
+        publish = asyncio.ensure_future(self.publish(topic, payload, qos, retain, properties))
         try:
             await asyncio.wait((publish, self._disconnected), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -165,6 +175,17 @@ class Connection(aiomqtt.Client):
     def _why(self) -> str:
         error = self._disconnected.exception() if self._disconnected.done() else None
         return f"lost the MQTT broker {self._where}: {error or 'it closed the connection'}"
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        self._largest = getattr(properties, "MaximumPacketSize", None)
+        super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _on_publish(
         self,

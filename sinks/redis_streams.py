@@ -54,6 +54,8 @@ class RedisSettings(EnvelopeSettings, frozen=True):
         """
         try:
             from redis.asyncio import Redis
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
             from redis.exceptions import RedisError
         except ModuleNotFoundError as error:
             raise SinkError(
@@ -69,6 +71,8 @@ class RedisSettings(EnvelopeSettings, frozen=True):
             socket_timeout=self.timeout_s,
             socket_connect_timeout=self.timeout_s,
             client_name="livesat",
+            # The fanout tries again: a driver that did it too would hide an outage, and send twice.
+            retry=Retry(NoBackoff(), 0),
         )
         try:
             try:

@@ -9,8 +9,9 @@ The body is a JSON array of events (``application/json``; with the envelope ``cl
 ``Idempotency-Key``
     ``<id of the first event>/<how many>``: the same for the same batch sent again.
 
-A 2xx takes the batch. 408, 429 and 5xx mean *not now*; any other status refuses it: its events are
-then sent one by one, so that one of them does not cost the others.
+A 2xx takes the batch. 5xx, and what says nothing of the events (401, 403, 404, 407, 408, 425, 429),
+mean *not now*; any other status refuses it: its events are then sent one by one, so that one of
+them does not cost the others.
 """
 
 import asyncio
@@ -30,8 +31,8 @@ from sinks.sink import Disconnected, Rejected, SinkError
 if TYPE_CHECKING:
     import httpx
 
-AGAIN: Final = frozenset({408, 425, 429})
-"""Statuses below 500 that a later attempt may change."""
+AGAIN: Final = frozenset({401, 403, 404, 407, 408, 425, 429})
+"""Statuses below 500 that a later attempt, or a credential put right, may change."""
 
 SIGNATURE: Final = "X-Livesat-Signature"
 
@@ -108,10 +109,12 @@ class WebhookSink:
 
         body = b"[" + b",".join(self._settings.encode(event) for event in events) + b"]"
         try:
-            answer = await self._client.post(
-                str(self._settings.url), content=body, headers=self._headers(events, body)
-            )
-        except httpx.HTTPError as error:
+            # The client's own time-out is one of each read: an answer may drip for ever.
+            async with asyncio.timeout(self._settings.timeout_s):
+                answer = await self._client.post(
+                    str(self._settings.url), content=body, headers=self._headers(events, body)
+                )
+        except (httpx.HTTPError, TimeoutError) as error:
             what = str(error) or type(error).__name__
             raise Disconnected(f"{self._settings.url.host}: {what}") from None
         if answer.is_success:

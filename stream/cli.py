@@ -268,7 +268,8 @@ def config_show(
     """Print a configuration with every default filled in; secrets stay hidden."""
     import yaml
 
-    from stream.config import load, without_credentials
+    from stream.config import load
+    from stream.log import without_credentials
 
     tree = load(file).model_dump(mode="json")
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
@@ -439,9 +440,9 @@ def enroll(
     from datetime import UTC, datetime, timedelta
     from getpass import getuser
 
-    from stream.config import LogSettings
     from stream.engine import EngineSettings
     from stream.enrolment import listen
+    from stream.log import LogSettings
     from stream.voiceprints import Voiceprints
 
     settings = _settings(config, checkpoint, None, None, None, device)
@@ -780,13 +781,15 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
+        from stream.log import complain
+
         if "--debug" in sys.argv[1:]:
             traceback.print_exc()
         code = FAILED
         for leaf in _leaves(error):
             lines, code = _explain(leaf)
             for line in lines:
-                typer.echo(f"livesat: error: {line}", err=True)
+                complain(line)
     _silence_broken_pipe()
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Final, Literal, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Final, Self, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -15,15 +15,20 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from sinks import AnySink
+from sinks import AnySink, MqttSettings, SinkSettings
 from stream.engine import EngineSettings
 from stream.fanout import FanoutSettings
+from stream.log import LogSettings, without_credentials
 from stream.server import ServerSettings
 from stream.sources import AnySource
+from stream.sources.apart import Multichannel, stream_name
+from stream.sources.source import Listener
 from stream.tracks.settings import TracksSettings
 
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,128}$")]
@@ -32,55 +37,6 @@ Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,128}$")]
 
 class ConfigError(Exception):
     """The configuration cannot be used: file, key, what was given and what was expected."""
-
-
-_TALKATIVE: Final = ("httpx", "httpcore", "websockets", "aiokafka", "nats", "multipart")
-"""Libraries that log whole URLs or headers, which may hold secrets, below warnings."""
-
-
-class LogSettings(BaseModel):
-    """What the process says about itself, on standard error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = Field(
-        default="auto",
-        description="Lines to read, or one JSON object a line; auto: JSON for systemd's journal.",
-    )
-
-    def configure(self) -> None:
-        """Point structlog, and the standard library's loggers, at standard error."""
-        import logging
-        import sys
-
-        import structlog
-
-        def to_stderr(*_: Any) -> structlog.PrintLogger:
-            return structlog.PrintLogger(sys.stderr)  # whatever that is at the time
-
-        to_journal = self.format == "auto" and "JOURNAL_STREAM" in os.environ
-        renderer: Any = (
-            structlog.processors.JSONRenderer()
-            if self.format == "json" or to_journal
-            else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-        )
-        level: int = getattr(logging, self.level.upper())
-        structlog.configure(
-            processors=[
-                structlog.contextvars.merge_contextvars,
-                structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-                renderer,
-            ],
-            wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=to_stderr,
-            cache_logger_on_first_use=False,
-        )
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-        for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 class SessionSettings(BaseModel):
@@ -140,6 +96,25 @@ class Config(BaseModel):
         default=None, description="Database of enrolled voices; null is the user's own."
     )
     log: LogSettings = LogSettings()
+
+    @field_validator("sinks")
+    @classmethod
+    def _own_streams_stay(
+        cls, sinks: dict[str, SinkSettings], info: ValidationInfo
+    ) -> dict[str, SinkSettings]:
+        """A broker keeps the state of our own streams, which return under the same name."""
+        own: list[str] = []
+        for name, source in info.data.get("sources", {}).items():
+            if isinstance(source, Multichannel) and source.apart is not None:
+                own += (stream_name(name, channel) for channel in range(source.apart))
+            elif not isinstance(source, Listener):
+                own.append(name)
+        return {
+            name: sink.model_copy(update={"keep": tuple(sorted({*sink.keep, *own}))})
+            if isinstance(sink, MqttSettings)
+            else sink
+            for name, sink in sinks.items()
+        }
 
     @model_validator(mode="after")
     def _something_to_hear(self) -> Self:
@@ -209,7 +184,6 @@ class _Loader(yaml.SafeLoader):
 
 
 _VARIABLE: Final = re.compile(r"\$(\$(?=\{)|\{(?P<name>[^}]*)\})")
-_USERINFO: Final = re.compile(r"//[^/@\s'\"]*@")
 _HUSH: Final = re.compile(r"password|secret|token|header|credential|bearer")
 
 
@@ -345,11 +319,6 @@ def _described(annotation: Any, name: str) -> str:
     if field is None:
         return "a value"
     return (field.description or f"a {getattr(field.annotation, '__name__', 'value')}").rstrip(".")
-
-
-def without_credentials(text: str) -> str:
-    """The text with no user and password in any URL."""
-    return _USERINFO.sub("//…@", text)
 
 
 def _given(keys: Sequence[str], value: Any) -> str:

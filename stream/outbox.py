@@ -21,7 +21,8 @@ from typing import Any, Final
 import structlog
 
 from sinks.sink import SinkError
-from stream.writing import GATHER_S, gather, make_private
+from stream.database import Unusable, open_database
+from stream.writing import GATHER_S, gather
 
 log = structlog.get_logger(__name__)
 
@@ -167,18 +168,11 @@ class Outbox:
 
     def _prepare(self, sinks: Collection[str]) -> sqlite3.Connection:
         try:
-            make_private(self.path)  # it holds what was said
-            database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise SinkError(f"fanout.outbox: {self.path}: cannot be opened ({error})") from error
+            database = open_database(self.path, "an outbox", version=VERSION, schema=_SCHEMA)
+        except Unusable as error:
+            raise SinkError(f"fanout.outbox: {error}") from error
+        database.isolation_level = None
         try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")  # outlives the process
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-            elif version != VERSION:
-                raise sqlite3.DatabaseError(f"version {version} of it")  # noqa: TRY301
             for sink, n in database.execute("SELECT sink, n FROM waiting ORDER BY n"):
                 self.found.setdefault(sink, []).append(n)
                 self._next = n + 1
@@ -193,9 +187,7 @@ class Outbox:
                     )
         except sqlite3.DatabaseError as error:
             database.close()
-            raise SinkError(
-                f"fanout.outbox: {self.path}: expected an outbox of version {VERSION} ({error})"
-            ) from error
+            raise SinkError(f"fanout.outbox: {self.path}: damaged ({error})") from error
         return database
 
     def _write(self, database: sqlite3.Connection) -> None:

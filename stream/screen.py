@@ -38,9 +38,9 @@ from sinks.events import (
     Warning_,
     Word,
 )
+from sinks.paint import COLOURS
 from stream.clock import seconds
 
-COLOURS: Final = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_red")
 WINDOW_S: Final = 60.0
 TURNS: Final = 4096  # turns remembered for revisions; older ones keep their label on the screen
 WORDS: Final = 60  # final words remembered a lane: more than the widest terminal shows

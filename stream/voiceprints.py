@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from stream.database import Unusable, open_database
 from stream.tracks.voices import Gallery
+from stream.writing import make_private
 
 VERSION: Final = 1
 
@@ -132,19 +134,20 @@ class Voiceprints:
         Raises:
             VoiceprintError: the file cannot be opened, is no store, or is one of a newer version.
         """
-        if path is not None:
-            _private(path)
         try:
-            database = sqlite3.connect(":memory:" if path is None else path, timeout=5.0)
-        except sqlite3.Error as error:
-            raise VoiceprintError(f"{path}: cannot be opened ({error})") from error
+            # No write-ahead log: what is erased must not live on in one.
+            database = open_database(
+                path, "a database of voices", version=VERSION, schema=_SCHEMA, wal=False
+            )
+        except Unusable as error:
+            raise VoiceprintError(str(error)) from error
         try:
             store = cls(database)
             try:
-                store._prepare(path)
+                store._prepare()
                 store._expire(now or datetime.now(UTC))
             except sqlite3.DatabaseError as error:
-                raise VoiceprintError(f"{path}: not a database of voices ({error})") from error
+                raise VoiceprintError(f"{path}: cannot be used ({error})") from error
             yield store
         finally:
             database.close()
@@ -335,8 +338,8 @@ class Voiceprints:
                     ],
                 }
             )
-        _private(path)
         try:
+            make_private(path)
             path.write_text(json.dumps({"livesat_voices": VERSION, "voices": people}, indent=1))
         except OSError as error:
             raise VoiceprintError(f"{path}: cannot be written ({error.strerror})") from error
@@ -387,22 +390,11 @@ class Voiceprints:
                     )
         return [voice.name for voice in given.voices]
 
-    def _prepare(self, path: Path | None) -> None:
+    def _prepare(self) -> None:
         # Deleted content is overwritten, also in the pages that VACUUM copies.
         self._db.execute("PRAGMA secure_delete = ON")
         self._db.execute("PRAGMA temp_store = MEMORY")
         self._db.execute("PRAGMA foreign_keys = ON")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
-            raise VoiceprintError(
-                f"{path}: expected a database of version {VERSION}, got {version}: "
-                "it belongs to a newer livesat"
-            )
-        if version < VERSION:
-            tables = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            if tables != (0,):
-                raise VoiceprintError(f"{path}: not a database of voices (it holds other tables)")
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
 
     def _expire(self, now: datetime) -> None:
         rows = self._db.execute("SELECT name, expires FROM voices WHERE expires IS NOT NULL")
@@ -445,13 +437,3 @@ class Voiceprints:
         rows = self._db.execute("SELECT name FROM voices ORDER BY name COLLATE NOCASE")
         names = ", ".join(known for (known,) in rows.fetchall())
         return f"{name}: nobody of that name is enrolled; there is {names or 'no voice yet'}"
-
-
-def _private(path: Path) -> None:
-    """Makes folder and file for their owner alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not path.exists():
-            path.touch(mode=0o600)
-    except OSError as error:
-        raise VoiceprintError(f"{path}: cannot be made ({error.strerror})") from error

@@ -13,12 +13,12 @@ GATHER_S: Final = 0.03
 
 
 def make_private(path: Path) -> None:
-    """Make a file, and its folders, if there is none; only its owner can read it.
+    """Make a file, and its folder, if there is none; only their owner can read what is made.
 
     Raises:
         OSError: it cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 

@@ -16,9 +16,14 @@ class Multichannel(Protocol):
         """How many channels become streams; None mixes them into one."""
         ...
 
-    def channels(self) -> "list[Source]":
+    def split(self) -> "list[Source]":
         """One source a channel."""
         ...
+
+
+def stream_name(source: str, channel: int) -> str:
+    """The stream of a channel, from 0."""
+    return f"{source}-{channel + 1}"
 
 
 class Apart:
@@ -44,9 +49,9 @@ class Apart:
             SourceError: a channel cannot be opened, or failed.
         """
         async with asyncio.TaskGroup() as group:
-            for index, source in enumerate(self._source.channels()):
+            for index, source in enumerate(self._source.split()):
                 group.create_task(
-                    self._run(f"{name}-{index + 1}", source, intake), name=f"channel:{index}"
+                    self._run(stream_name(name, index), source, intake), name=f"channel:{index}"
                 )
 
     @staticmethod

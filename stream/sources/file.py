@@ -50,7 +50,7 @@ class FileSource(BaseModel):
         """See `Source.live`."""
         return False
 
-    def channels(self) -> list[Source]:
+    def split(self) -> list[Source]:
         """One source a channel."""
         assert self.apart is not None
         return [

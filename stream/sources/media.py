@@ -107,7 +107,7 @@ class MediaSource(BaseModel):
         """Whether it is a URL; one that turns out to have an end is heard once, like a file."""
         return "://" in self.url and not self.url.startswith("file:")
 
-    def channels(self) -> list[Source]:
+    def split(self) -> list[Source]:
         """One source a channel, all of one opening."""
         assert self.apart is not None
         lines = [Line(f"{self.name}#{n + 1}", self.buffer_ms) for n in range(self.apart)]

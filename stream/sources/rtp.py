@@ -8,22 +8,22 @@ dropped. Source: RFC 3550, RFC 3551 (payload types), RFC 7587 (Opus).
 import asyncio
 import struct
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder
-from stream.sources.source import Block, SourceError
+from stream.sources.source import Block, Source, SourceError
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +52,15 @@ class RtpSource(BaseModel):
         le=192_000,
         description="RTP clock; null is 8000 for G.711, 48000 for Opus, 44100 for L16.",
     )
-    channels: int = Field(default=1, ge=1, le=8, description="Of L16; they are averaged.")
+    channels: int = Field(
+        default=1, ge=1, le=8, description="Of L16; Opus always has two, G.711 one."
+    )
+    channel: int | None = Field(
+        default=None, ge=0, le=7, description="The channel that is heard; null is their mean."
+    )
+    apart: int | None = Field(
+        default=None, ge=1, le=8, description="That many channels become streams of their own."
+    )
     jitter_ms: int = Field(
         default=100, ge=0, le=5000, description="How long a packet that is missing is waited for."
     )
@@ -62,6 +70,17 @@ class RtpSource(BaseModel):
     buffer_ms: int = Field(
         default=10_000, ge=500, description="Audio that may wait for the engine."
     )
+
+    @model_validator(mode="after")
+    def _channels_there_are(self) -> Self:
+        there = {"l16": self.channels, "opus": 2}.get(self.payload, 1)
+        if self.channels > there:
+            raise ValueError(f"channels: expected {there} of {self.payload}, got {self.channels}")
+        if self.channel is not None and self.channel >= there:
+            raise ValueError(f"channel: expected 0 to {there - 1}, got {self.channel}")
+        if self.apart is not None and self.apart > there:
+            raise ValueError(f"apart: expected {there} at most, got {self.apart}")
+        return self
 
     @property
     def name(self) -> str:
@@ -87,27 +106,81 @@ class RtpSource(BaseModel):
             SourceError: the port is taken, or Opus is asked for and PyAV is not installed.
         """
         line = Line(self.name, self.buffer_ms)
-        port = _Port(self, line, await asyncio.to_thread(decoder, self))
-        loop = asyncio.get_running_loop()
+        async with _listening(self, [line]), line.open() as blocks:
+            yield blocks
+
+    def split(self) -> list[Source]:
+        """One source a channel; the port is that of all of them."""
+        assert self.apart is not None
+        shared = _Shared(self, [Line(self.name, self.buffer_ms) for _ in range(self.apart)])
+        return [_Channel(shared, line) for line in shared.lines]
+
+
+@asynccontextmanager
+async def _listening(settings: RtpSource, lines: Sequence[Line]) -> AsyncGenerator[None]:
+    """Feed what comes in on the port to the lines: one, or one a channel.
+
+    Raises:
+        SourceError: as `RtpSource.open`.
+    """
+    port = _Port(settings, lines, await asyncio.to_thread(decoder, settings))
+    loop = asyncio.get_running_loop()
+    try:
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: port, local_addr=(settings.host, settings.port)
+        )
+    except OSError as error:
+        raise SourceError(
+            f"rtp {settings.host}:{settings.port}: cannot listen ({error.strerror or error})"
+        ) from error
+    address = transport.get_extra_info("sockname")
+    log.info("listening", kind="rtp", host=address[0], port=address[1])
+    clock = asyncio.create_task(port.run(), name=f"rtp:{settings.port}")
+    try:
+        yield
+    finally:
+        clock.cancel()
+        with suppress(asyncio.CancelledError):
+            await clock
+        transport.close()
+
+
+class _Shared:
+    """A port that several channels hear: the first opens it, the last closes it."""
+
+    def __init__(self, settings: RtpSource, lines: Sequence[Line]) -> None:
+        self.settings, self.lines = settings, lines
+        self._hearers = 0
+        self._lock = asyncio.Lock()
+        self._open = AsyncExitStack()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator[None]:
+        async with self._lock:
+            if not self._hearers:
+                await self._open.enter_async_context(_listening(self.settings, self.lines))
+            self._hearers += 1
         try:
-            transport, _ = await loop.create_datagram_endpoint(
-                lambda: port, local_addr=(self.host, self.port)
-            )
-        except OSError as error:
-            raise SourceError(
-                f"rtp {self.host}:{self.port}: cannot listen ({error.strerror or error})"
-            ) from error
-        address = transport.get_extra_info("sockname")
-        log.info("listening", kind="rtp", host=address[0], port=address[1])
-        clock = asyncio.create_task(port.run(), name=f"rtp:{self.port}")
-        try:
-            async with line.open() as blocks:
-                yield blocks
+            yield
         finally:
-            clock.cancel()
-            with suppress(asyncio.CancelledError):
-                await clock
-            transport.close()
+            self._hearers -= 1
+            if not self._hearers:
+                await self._open.aclose()
+
+
+class _Channel:
+    """One channel of a port, as a source."""
+
+    def __init__(self, shared: _Shared, line: Line) -> None:
+        self._shared, self._line = shared, line
+        self.name = shared.settings.name
+        self.live = True
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
+        """See `RtpSource.open`."""
+        async with self._shared.listening(), self._line.open() as blocks:
+            yield blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,20 +323,20 @@ class Jitter:
 
 
 class Decoder:
-    """Payloads of one kind → samples at the RTP clock's rate, float32 mono."""
+    """Payloads of one kind → samples at the RTP clock's rate, float32, a column a channel."""
 
     def length(self, payload: bytes) -> int:
         """Timestamps of a payload."""
         raise NotImplementedError
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
-        """→ [n]"""
+        """→ [n, C]"""
         raise NotImplementedError
 
 
 class _Linear(Decoder):
     def __init__(self, channels: int) -> None:
-        self._pcm = PcmDecoder("s16le", channels)
+        self._channels = channels
         self._width = 2 * channels
 
     def length(self, payload: bytes) -> int:
@@ -271,7 +344,8 @@ class _Linear(Decoder):
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
         whole = payload[: len(payload) // self._width * self._width]
-        return self._pcm.step(np.frombuffer(whole, ">i2").astype("<i2").tobytes())
+        frames = np.frombuffer(whole, ">i2").reshape(-1, self._channels)
+        return frames.astype(np.float32) / np.float32(32768)
 
 
 class _Companded(Decoder):
@@ -282,7 +356,7 @@ class _Companded(Decoder):
         return len(payload)
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
-        return self._table[np.frombuffer(payload, np.uint8)]
+        return self._table[np.frombuffer(payload, np.uint8)][:, None]
 
 
 class _Opus(Decoder):
@@ -291,6 +365,7 @@ class _Opus(Decoder):
 
         self._codec: Any = av.CodecContext.create("opus", "r")
         self._codec.sample_rate = 48_000
+        self._codec.layout = "stereo"  # of a packet with one channel both are that
         self._av = av
 
     def length(self, payload: bytes) -> int:
@@ -309,11 +384,10 @@ class _Opus(Decoder):
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
         frames: list[Any] = self._codec.decode(self._av.Packet(payload))
-        parts = [np.asarray(frame.to_ndarray(), np.float32) for frame in frames]
-        mono = [part.mean(axis=0) if part.ndim == 2 else part for part in parts]
-        made = np.concatenate(mono) if mono else np.zeros(0, np.float32)
+        parts = [np.asarray(frame.to_ndarray(), np.float32).T for frame in frames]
+        made = np.concatenate(parts) if parts else np.zeros((0, 2), np.float32)
         wanted = self.length(payload)  # the decoder may hold back or pad: time stays true
-        return np.pad(made, (0, max(wanted - len(made), 0)))[:wanted].astype(np.float32)
+        return np.pad(made, ((0, max(wanted - len(made), 0)), (0, 0)))[:wanted]
 
 
 def decoder(settings: RtpSource) -> Decoder:
@@ -346,12 +420,12 @@ def _alaw_table() -> NDArray[np.float32]:
 
 
 class _Port(asyncio.DatagramProtocol):
-    """The socket's end: packets in, a line fed."""
+    """The socket's end: packets in, lines fed."""
 
-    def __init__(self, settings: RtpSource, line: Line, decoder: Decoder) -> None:
-        self._settings, self._line, self._decoder = settings, line, decoder
+    def __init__(self, settings: RtpSource, lines: Sequence[Line], decoder: Decoder) -> None:
+        self._settings, self._lines, self._decoder = settings, lines, decoder
         self._jitter = Jitter(settings.clock, settings.jitter_ms / 1000)
-        self._resampler = Resampler(settings.clock)
+        self._resamplers = [Resampler(settings.clock) for _ in lines]
         self._heard = monotonic()
         self._quiet = True
 
@@ -377,16 +451,33 @@ class _Port(asyncio.DatagramProtocol):
                 self._quiet = True
                 self._tell(self._jitter.flush())
                 self._bring_out()
-                self._line.pause("network")
+                for line in self._lines:
+                    line.pause("network")
 
     def _bring_out(self) -> None:
-        self._line.feed(self._resampler.flush())
-        self._resampler = Resampler(self._settings.clock)
+        for line, resampler in zip(self._lines, self._resamplers, strict=True):
+            line.feed(resampler.flush())
+        self._resamplers = [Resampler(self._settings.clock) for _ in self._lines]
 
     def _tell(self, told: list[Heard | Lost]) -> None:
         for each in told:
             if isinstance(each, Heard):
-                self._line.feed(self._resampler.step(self._decoder.decode(each.payload)))
+                columns = self._columns(self._decoder.decode(each.payload))
+                for line, resampler, samples in zip(
+                    self._lines, self._resamplers, columns, strict=True
+                ):
+                    line.feed(resampler.step(samples))
                 continue
-            self._bring_out()  # what the resampler holds back is before the loss
-            self._line.lose(round(each.timestamps * SAMPLE_RATE / self._settings.clock), "network")
+            self._bring_out()  # what the resamplers hold back is before the loss
+            lost = round(each.timestamps * SAMPLE_RATE / self._settings.clock)
+            for line in self._lines:
+                line.lose(lost, "network")
+
+    def _columns(self, frames: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """frames: [n, C] → for each line its [n]"""
+        settings = self._settings
+        if settings.apart is not None:
+            return [frames[:, channel].copy() for channel in range(settings.apart)]
+        if settings.channel is not None:
+            return [frames[:, settings.channel].copy()]
+        return [frames.mean(axis=1, dtype=np.float32)]

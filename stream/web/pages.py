@@ -1,27 +1,21 @@
-"""The dashboard's page and files, what it asks for at its start, and exports of a session."""
+"""The dashboard's page and files, what it asks for at its start, and a session as a file."""
 
 import asyncio
-import json
 import mimetypes
 from dataclasses import asdict
 from importlib.resources import files as resources
-from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sinks import RttmSettings, SrtSettings, VttSettings
-from sinks.events import Event, TranscriptFinal, parse
-from sinks.roster import Roster
-from sinks.sink import SinkSettings
 from stream.server import Desk, ServerSettings
 from stream.web.body import Unread, read_json
+from stream.web.exports import KINDS, export
 from stream.web.gate import COOKIE, Gate
 
 # Nothing from elsewhere, no inline script or style, no frame around us.
@@ -99,58 +93,21 @@ class Pages:
         return JSONResponse({"sessions": entries})
 
     async def export(self, request: Request) -> Response:
-        """A session as RTTM, WebVTT, SubRip, JSON or text, as far as it is kept."""
+        """A session as RTTM, WebVTT, SubRip, JSON or text, as far as it is kept.
+
+        Where its beginning is not, ``X-Livesat-Kept-From`` says from which second on it is.
+        """
         session, form = request.path_params["session"], request.path_params["form"]
-        lines = self._desk.feed.lines(session, lambda line: line.final)
+        if form not in KINDS:
+            return JSONResponse({"error": f"expected {', '.join(KINDS)}, got {form}"}, 404)
+        lines = self._desk.feed.lines(session)
         if not lines:
             return JSONResponse({"error": "no such session is kept"}, 404)
-        events = [parse(line.data) for line in lines]
+        made = await asyncio.to_thread(export, form, lines)
         headers = {"Content-Disposition": f'attachment; filename="{lines[0].session}.{form}"'}
-        if form == "json":
-            body = json.dumps([json.loads(line.data) for line in lines], indent=1)
-            return Response(body, media_type="application/json", headers=headers)
-        if form == "txt":
-            return PlainTextResponse(text(events), headers=headers)
-        if form in {"rttm", "vtt", "srt"}:
-            data = await asyncio.to_thread(_written, form, events)
-            kind = "text/vtt" if form == "vtt" else "text/plain"
-            return Response(data, media_type=f"{kind}; charset=utf-8", headers=headers)
-        return JSONResponse({"error": f"expected rttm, vtt, srt, json or txt, got {form}"}, 404)
-
-
-def text(events: list[Event]) -> str:
-    """Finals of a session → "name: words" lines, one a stretch of one speaker's words."""
-    roster = Roster()
-    for event in events:
-        roster.update(event)
-    words = [word for event in events if isinstance(event, TranscriptFinal) for word in event.words]
-    lines = [
-        f"{roster.name(who) if who else '?'}: {' '.join(word.word for word in said)}\n"
-        for who, said in groupby(words, key=lambda word: word.speaker)
-    ]
-    return "".join(lines)
-
-
-def _written(form: str, events: list[Event]) -> bytes:
-    """What the sink of that form writes of these events; blocks."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"session.{form}"
-        settings: SinkSettings
-        if form == "rttm":
-            settings = RttmSettings(path=path)
-        elif form == "vtt":
-            settings = VttSettings(path=path)
-        else:
-            settings = SrtSettings(path=path)
-        asyncio.run(_write(settings, events))
-        return path.read_bytes()
-
-
-async def _write(settings: SinkSettings, events: list[Event]) -> None:
-    async with settings.open() as sink:
-        for event in events:
-            if settings.wants(event):
-                await sink.send(event)
+        if made.kept_from:
+            headers["X-Livesat-Kept-From"] = f"{made.kept_from:.3f}"
+        return Response(made.data, media_type=KINDS[form], headers=headers)
 
 
 class SecurityHeaders:

@@ -1,8 +1,6 @@
-"""NATS JetStream and Redis Streams against real servers; Kafka against a stand-in.
+"""NATS JetStream and Redis Streams against real servers; Kafka against librdkafka's mock cluster.
 
-There is no Kafka broker without a JVM among our development tools, so what is tested of that sink
-is everything on our side of its driver: how the producer is made, what a record holds, and what
-becomes of each of the driver's errors.
+The latter speaks the wire protocol. What it cannot be made to do, a stand-in for the driver does.
 """
 
 import asyncio
@@ -15,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,7 +21,13 @@ import aiokafka
 import nats
 import nats.js.errors
 import pytest
-from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, RequestTimedOutError
+import structlog
+from aiokafka.errors import (
+    KafkaConnectionError,
+    MessageSizeTooLargeError,
+    RequestTimedOutError,
+    TopicAuthorizationFailedError,
+)
 from redis._parsers.base import BaseParser
 from redis.asyncio import Redis
 
@@ -34,6 +38,7 @@ from sinks.jetstream import NatsSink
 from sinks.redis_streams import RedisSink
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
+from tests.kafka import Cluster
 from tests.sinks.samples import Talk
 
 FAST = FanoutSettings(retry_first_s=0.02, retry_longest_s=0.05)
@@ -87,6 +92,13 @@ def redis(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what happens on this loop."""
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def stored(server: Server) -> list[Any]:
     """Every message of our JetStream stream, in order."""
     client = await nats.connect(f"nats://127.0.0.1:{server.port}")
@@ -130,15 +142,35 @@ class TestNats:
                     await asyncio.sleep(0.05)
                     await asyncio.to_thread(jetstream.start)
                 await asyncio.sleep(0.002)
-            async with asyncio.timeout(30):
-                while out.statistics()["nats"].sent < len(sent):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: out.statistics()["nats"].sent == len(sent))
         assert [parse(message.data) for message in await stored(jetstream)] == sent
 
     async def test_a_stream_that_is_not_there_is_said(self, jetstream: Server) -> None:
         with pytest.raises(SinkError, match="stream LIVESAT: "):
             async with on(jetstream, create=False).open():
                 pass
+
+    async def test_what_may_not_be_published_is_said(self, tmp_path: Path) -> None:
+        config = tmp_path / "nats.conf"
+        rights = '{publish: ["$JS.>"], subscribe: ">"}'
+        config.write_text(
+            f"authorization {{users: [{{user: u, password: p, permissions: {rights}}}]}}\n"
+        )
+        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+        server = Server(
+            *(binary, "-js", "-sd", str(tmp_path), "-a", "127.0.0.1", "-p", "PORT"),
+            *("-c", str(config)),
+        ).start()
+        try:
+            settings = on(server, user="u", password="p", timeout_s=0.5)
+            with structlog.testing.capture_logs() as logs:
+                async with settings.open() as sink:
+                    await sink.send(Talk().heard("hel"))  # nobody answers to a partial
+                    with pytest.raises(Rejected, match=r"permissions violation.*event\.warning"):
+                        await sink.send(Talk().warning())
+            assert [log["event"] for log in logs] == ["nats refuses a subject"]
+        finally:
+            server.kill()
 
     async def test_a_server_that_is_not_there_is_said(self) -> None:
         with pytest.raises(Disconnected, match=r"nats nats://127\.0\.0\.1:9: "):
@@ -170,13 +202,29 @@ class TestRedis:
                     await asyncio.to_thread(redis.kill)
                     await asyncio.to_thread(redis.start)
                 await asyncio.sleep(0.002)
-            async with asyncio.timeout(30):
-                while out.statistics()["redis"].sent < len(sent):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: out.statistics()["redis"].sent == len(sent))
         async with Redis(host="127.0.0.1", port=redis.port) as client:
             entries = await client.xrange("livesat:v1:talk")
         seqs = [int(fields[b"seq"]) for _, fields in entries]
         assert list(dict.fromkeys(seqs)) == [event.seq for event in sent]
+
+    async def test_a_connection_that_breaks_is_for_the_fanout_to_make_again(self) -> None:
+        came: list[bytes] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(65_536):
+                came.append(data)
+                if b"XADD" in data:
+                    break
+                writer.write(b"+OK\r\n" * data.count(b"*"))
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, RedisSettings(host="127.0.0.1", port=port).open() as sink:
+            with pytest.raises(Disconnected, match="redis: "):
+                await sink.send(Talk().warning())
+        assert sum(b"XADD" in data for data in came) == 1
 
     async def test_a_server_that_is_full_takes_it_later(self, redis: Server) -> None:
         settings = RedisSettings(host="127.0.0.1", port=redis.port)
@@ -249,6 +297,78 @@ class TestWhatAnAnswerMeans:
         assert type(raised.value) is meaning
 
 
+@pytest.mark.broker
+class TestKafka:
+    @pytest.fixture
+    def cluster(self) -> Iterator[Cluster]:
+        pytest.importorskip("confluent_kafka")
+        cluster = Cluster()
+        yield cluster
+        cluster.close()
+
+    async def test_finals_are_stored_in_order_keyed_by_their_session(
+        self, cluster: Cluster
+    ) -> None:
+        sent = [event for event in Talk().every_type() if event.is_final]
+        async with Fanout(
+            {"kafka": KafkaSettings(brokers=cluster.brokers)}, FAST, fail_fast=True
+        ) as out:
+            for event in sent:
+                await out.publish(event)
+        records = await asyncio.to_thread(cluster.records, "livesat.events.v1", len(sent))
+        assert [parse(record.value()) for record in records] == sent
+        assert {record.key() for record in records} == {b"s1"}
+        assert len({record.partition() for record in records}) == 1
+        assert dict(records[0].headers()) == {
+            "id": b"s1:0",
+            "type": b"session.opened",
+            "content-type": b"application/json",
+        }
+
+    async def test_replicas_that_are_late_cost_nothing(self, cluster: Cluster) -> None:
+        sent = [Talk().warning()]
+        async with KafkaSettings(brokers=cluster.brokers, compression="gzip").open() as sink:
+            cluster.answer("NOT_ENOUGH_REPLICAS")
+            await sink.send(sent[0])
+        records = await asyncio.to_thread(cluster.records, "livesat.events.v1", 1)
+        assert [parse(record.value()) for record in records] == sent
+
+    @pytest.mark.parametrize(
+        ("answer", "meaning"),
+        [("TOPIC_AUTHORIZATION_FAILED", SinkError), ("MESSAGE_TOO_LARGE", Rejected)],
+    )
+    async def test_a_record_that_is_denied_is_no_success(
+        self, cluster: Cluster, answer: str, meaning: type[SinkError]
+    ) -> None:
+        async with KafkaSettings(brokers=cluster.brokers).open() as sink:
+            await sink.send(Talk().warning())  # the topic is there
+            cluster.answer(answer)
+            with pytest.raises(SinkError, match="kafka: ") as raised:
+                await sink.send(Talk().warning())
+            await sink.send(Talk().warning())
+        assert type(raised.value) is meaning
+
+    async def test_a_cluster_that_is_gone_is_noticed_and_costs_nothing(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kafka_sink, "FAREWELL_S", 0.05)
+        talk = Talk()
+        sent = [talk.warning() for _ in range(6)]
+        settings = KafkaSettings(brokers=cluster.brokers, timeout_s=0.2)
+        async with Fanout({"kafka": settings}, FAST) as out:
+            for event in sent[:3]:
+                await out.publish(event)
+            await until(lambda: out.statistics()["kafka"].sent == 3)
+            cluster.down()
+            for event in sent[3:]:
+                await out.publish(event)
+            await until(lambda: not out.statistics()["kafka"].connected)
+            cluster.up()
+            await until(lambda: out.statistics()["kafka"].sent == 6)
+        records = await asyncio.to_thread(cluster.records, "livesat.events.v1", 6)
+        assert [parse(record.value()) for record in records] == sent
+
+
 class Producer:
     """Stands in for aiokafka's: remembers, and raises by script."""
 
@@ -282,7 +402,7 @@ class Producer:
         self.records.append((topic, value, more))
 
 
-class TestKafka:
+class TestKafkasDriver:
     @pytest.fixture(autouse=True)
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Producer.made = []
@@ -314,6 +434,7 @@ class TestKafka:
     @pytest.mark.parametrize(
         ("error", "meaning"),
         [
+            (TopicAuthorizationFailedError(), SinkError),
             (RequestTimedOutError(), Disconnected),
             (KafkaConnectionError("gone"), Disconnected),
             (MessageSizeTooLargeError("big"), Rejected),

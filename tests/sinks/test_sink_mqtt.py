@@ -120,7 +120,7 @@ async def test_state_is_retained_for_those_who_come_late(broker: Broker) -> None
             assert message.qos == 1
             return StreamState.model_validate_json(message.payload)
 
-    async with settings(broker).open() as sink:
+    async with settings(broker, keep=("talk",)).open() as sink:
         await sink.send(talk.opened())
         assert (await state()).open
         await sink.send(talk.began("t1", "S1", 1.0))
@@ -131,6 +131,56 @@ async def test_state_is_retained_for_those_who_come_late(broker: Broker) -> None
         assert (await state()).speaking == []
         await sink.send(talk.closed())
         assert not (await state()).open
+
+
+async def test_nothing_stays_of_a_caller_whose_session_has_closed(broker: Broker) -> None:
+    at_home = settings(broker, home_assistant=True, keep=("talk",))
+    async with at_home.open() as sink:
+        for talk in (Talk("s1", "caller-1"), Talk("s2", "talk")):
+            for event in (talk.opened(), talk.began("t1", "S1", 1.0)):
+                await sink.send(event)
+    async with at_home.open() as sink:  # another connection, which has seen nothing of them
+        for session, stream in (("s1", "caller-1"), ("s2", "talk")):
+            talk = Talk(session, stream)
+            talk.seq = 2
+            await sink.send(talk.closed())
+        assert sink._announced == {"talk"}
+    retained: list[str] = []
+    async with subscriber(broker, "#") as late:
+        while len(retained) < 3:
+            (message,) = await receive(late, 1)
+            assert message.retain
+            retained.append(message.topic.value)
+        async with settings(broker).open():  # what comes now is new: that was all
+            (message,) = await receive(late, 1)
+            assert not message.retain
+    assert sorted(retained) == [
+        "homeassistant/sensor/livesat_v1_box/livesat__talk/config",
+        "livesat/v1/box/status",
+        "livesat/v1/box/talk/state",
+    ]
+
+
+async def test_a_sensor_that_is_denied_costs_no_event(
+    make_broker: Callable[..., Broker], tmp_path: Path
+) -> None:
+    acl = tmp_path / "acl"
+    write_acl(acl, "livesat/#")
+    broker = make_broker(f"acl_file {acl}\n")
+    async with settings(broker, home_assistant=True).open() as sink:
+        await sink.send(Talk().opened())
+        assert len(sink._denied) == 1
+
+
+async def test_an_event_larger_than_the_broker_takes_costs_only_itself(
+    make_broker: Callable[..., Broker],
+) -> None:
+    broker = make_broker("max_packet_size 1000\n")
+    talk = Talk()
+    async with settings(broker).open() as sink:
+        with pytest.raises(Rejected, match="takes packets of 1000 bytes at most"):
+            await sink.send(talk.warning("a" * 1000))
+        await sink.send(talk.warning("a" * 400))
 
 
 async def test_status_is_online_then_offline(broker: Broker) -> None:

@@ -1,11 +1,14 @@
+import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from sinks.events import Word, parse
-from sinks.stdout import StdoutSettings, clock, text
+from sinks.lines import clock
+from sinks.stdout import StdoutSettings, text
 from tests.sinks.samples import Talk
 
 
@@ -43,6 +46,119 @@ async def test_json_lines_are_events(capsys: pytest.CaptureFixture[str]) -> None
     await run(StdoutSettings(format="json", partials=True))
     lines = capsys.readouterr().out.splitlines()
     assert [parse(line) for line in lines] == Talk().every_type()
+
+
+class Terminal(io.StringIO):
+    """A terminal of 60 columns that shows colours."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def screen(self) -> list[str]:
+        """What is to be seen in the end, without its colours."""
+        rows = [""]
+        for part in re.split(r"(\n|\r\x1b\[2K|\x1b\[[0-9;]*m)", self.getvalue()):
+            if part == "\n":
+                rows.append("")
+            elif part == "\r\x1b[2K":
+                rows[-1] = ""
+            elif not part.startswith("\x1b["):
+                rows[-1] += part
+        return [row.rstrip() for row in rows]
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    made = Terminal()
+    monkeypatch.setattr(sys, "stdout", made)
+    for name, value in (("TERM", "xterm-256color"), ("COLUMNS", "60"), ("NO_COLOR", "")):
+        monkeypatch.setenv(name, value)
+    return made
+
+
+async def test_on_a_terminal_lines_have_columns_and_speakers_a_colour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    await run(StdoutSettings())
+    assert terminal.screen == [
+        "00:00.0              ▶  session opened: talk.wav (latency",
+        "                        740 ms)",
+        "00:01.0              ╭  speech begins",
+        "00:01.0  S1          │  spoke 2.0 s",
+        "00:01.0  S1          ▌  hello there",
+        "00:03.0  S1          ✓  is Ada (score 0.71, margin 0.20)",
+        "00:03.5  S1          ↻  is S2: merged, 1 turn",
+        "00:03.0              ╰  speech ends",
+        "00:03.0              #  emotion: happy (0.83)",
+        "00:04.0              ✂  gap: 320 samples lost (overflow)",
+        "00:05.0              !  warning: careful [test]",
+        "00:05.0              ✗  error: broken [test]",
+        "00:06.0              ■  session closed: end",
+        "",
+    ]
+    assert "\x1b[1;36mS1 " in terminal.getvalue()
+    assert "\x1b[1;35mS2\x1b[0m" in terminal.getvalue()  # the one it turned out to be
+
+
+async def test_a_known_person_keeps_the_colour_of_the_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    talk = Talk()
+    async with StdoutSettings(show_stream=True).open() as sink:
+        await sink.send(talk.identified("S2", "Ada"))
+        await sink.send(talk.said("hello", "S2", 4.0, 5.0))
+    assert terminal.screen[-2] == "talk  00:04.0  Ada         ▌  hello"
+    assert "\x1b[1;35mAda " in terminal.getvalue()
+
+
+async def test_what_may_change_stands_in_the_last_line_until_it_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    talk, rows = Talk(), []
+    async with StdoutSettings(partials=True).open() as sink:
+        for event in (
+            talk.began("t1", "S1", 1.0),
+            talk.heard("hel", 1.0),
+            talk.warning(),
+            talk.heard("never mind " * 20, 1.0),
+            talk.said("hello", "S1", 1.0, 2.0),
+            talk.heard("the", 3.0),
+        ):
+            await sink.send(event)
+            rows.append(terminal.screen)
+    first = "00:00.0              !  warning: careful [test]"
+    assert rows[0] == ["00:01.0  S1             begins to speak"]
+    assert rows[1] == ["00:01.0                 hel …"]
+    assert rows[2] == [first, "00:01.0                 hel …"]
+    assert rows[3][1].endswith("never mind …")
+    assert len(rows[3]) == 2
+    assert len(rows[3][1]) < 60
+    assert rows[4] == [first, "00:01.0  S1          ▌  hello", ""]
+    assert terminal.screen == rows[4]  # nothing is left of it at the end
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])
+async def test_a_terminal_without_colours_gets_none(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    monkeypatch.setenv(name, value)
+    await run(StdoutSettings())
+    assert not re.search(r"\x1b\[[0-9;]*3\dm", terminal.getvalue())
+
+
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+async def test_a_message_cannot_steer_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    monkeypatch.setattr(Terminal, "isatty", lambda _: on_a_terminal)
+    async with StdoutSettings().open() as sink:
+        await sink.send(Talk().warning("\x1b]0;title\x07\x1b[2J"))
+    assert "warning: �]0;title��[2J" in terminal.getvalue()
 
 
 def test_a_transcript_of_two_has_a_line_each_and_no_line_breaks() -> None:

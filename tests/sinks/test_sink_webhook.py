@@ -4,6 +4,7 @@ import hmac
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -119,7 +120,14 @@ async def test_the_cloudevents_envelope(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "error"), [(500, SinkError), (429, SinkError), (400, Rejected), (301, Rejected)]
+    ("status", "error"),
+    [
+        (500, SinkError),
+        (429, SinkError),
+        (401, SinkError),  # a token that has expired is no fault of the events
+        (400, Rejected),
+        (301, Rejected),
+    ],
 )
 async def test_what_an_answer_means(
     receiver: Receiver, status: int, error: type[SinkError]
@@ -136,6 +144,28 @@ async def test_nobody_there_is_a_lost_connection() -> None:
     async with hook.open() as sink:
         with pytest.raises(Disconnected, match=r"127\.0\.0\.1: "):
             await sink.send(Talk().warning())
+
+
+async def test_an_answer_that_drips_is_not_waited_for() -> None:
+    hung_up = asyncio.Event()
+
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with suppress(ConnectionError):
+            while True:
+                writer.write(b".")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        writer.close()
+        hung_up.set()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    hook = {"url": f"http://127.0.0.1:{port}/", "timeout_s": 0.1}
+    async with server, WebhookSettings.model_validate(hook).open() as sink:
+        with pytest.raises(Disconnected, match=r"127\.0\.0\.1: TimeoutError"):
+            await sink.send(Talk().warning())
+        await hung_up.wait()
 
 
 async def test_certificates_are_loaded_in_a_thread(

@@ -196,6 +196,19 @@ def test_a_models_dump_is_a_configuration(tmp_path):
     assert Config.model_validate(config.model_dump(exclude_unset=True)) == config
 
 
+def test_a_broker_keeps_the_state_of_our_own_streams():
+    sources = {
+        "desk": {"kind": "microphone"},
+        "mixer": {"kind": "rtp", "port": 5004, "channels": 2, "apart": 2},
+        "door": {"kind": "tcp", "port": 7000},
+    }
+    sinks = {"bus": {"kind": "mqtt", "keep": ["kitchen"]}, "out": {"kind": "stdout"}}
+    bus = parse({"sources": sources, "sinks": sinks}, where="test").sinks["bus"]
+    assert isinstance(bus, MqttSettings)
+    assert bus.keep == ("desk", "kitchen", "mixer-1", "mixer-2")
+    assert bus.identifier() == bus.model_copy(update={"keep": ()}).identifier()
+
+
 def test_the_tour_in_the_repository_is_valid():
     config = load(ROOT / "config.yaml")
     assert {source.kind for source in config.sources.values()} == {"file"}

@@ -12,11 +12,13 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
@@ -343,6 +345,26 @@ def packet(number, payload, *, ssrc=7, first=1000, seq=65_530, length=160):
     return struct.pack("!BBHII", 0x80, 0, (seq + number) & 0xFFFF, timestamp, ssrc) + payload
 
 
+def linear(frames, step=960):
+    """frames: [n, C] → payloads of L16, ``step`` frames each."""
+    data = np.round(frames * 32767).astype(">i2")
+    return [data[at : at + step].tobytes() for at in range(0, len(data), step)]
+
+
+def opus(frames):
+    """frames: [n, 2] at 48 kHz → payloads of Opus, 20 ms each."""
+    codec = av.CodecContext.create("libopus", "w")
+    codec.sample_rate, codec.layout, codec.format = 48_000, "stereo", "s16"
+    codec.open()
+    sent = []
+    for at in range(0, len(frames), 960):
+        flat = np.round(frames[at : at + 960] * 32767).astype("<i2").reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(flat, format="s16", layout="stereo")
+        frame.sample_rate = 48_000
+        sent += [bytes(made) for made in codec.encode(frame)]
+    return sent
+
+
 class TestJitter:
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.2]), st.integers(0, 2**32 - 1))
@@ -459,6 +481,73 @@ class TestRtp:
         spectrum = np.fft.rfft(got, 65_536) * np.conj(np.fft.rfft(wanted, 65_536))
         shift = np.fft.irfft(spectrum)
         assert np.abs(shift).max() > 0.5 * np.linalg.norm(got) * np.linalg.norm(wanted)
+
+    @pytest.mark.parametrize("payload", ["l16", "opus"])
+    async def test_a_channel_is_heard_alone_or_with_the_other(self, payload):
+        time = np.arange(48_000) / 48_000
+        left = 0.25 * np.sin(2 * np.pi * 440 * time)
+        both = np.stack([left, np.zeros_like(left)], 1)
+        sent = opus(both) if payload == "opus" else linear(both)
+
+        async def levels(**choice):
+            port = free_port()
+            channels = {"channels": 2} if payload == "l16" else {}
+            source = RtpSource(port=port, payload=payload, rate=48_000, **channels, **choice)
+            each = [source] if source.apart is None else source.split()
+
+            async def level_of(one):
+                samples, _ = await heard(one, 0.5)
+                return level(samples[1600:])
+
+            hearing = [asyncio.ensure_future(level_of(one)) for one in each]
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                number = 0
+                while not all(task.done() for task in hearing):
+                    data = packet(number, sent[number % 50], length=960)
+                    sender.sendto(data, ("127.0.0.1", port))
+                    number += 1
+                    await asyncio.sleep(0.005)
+            return [await task for task in hearing]
+
+        (mean,) = await levels()
+        (alone,) = await levels(channel=0)
+        one, other = await levels(apart=2)
+        assert mean == pytest.approx(alone / 2, rel=0.1)
+        assert one == pytest.approx(alone, rel=0.1)
+        assert other < alone / 100
+
+    @pytest.mark.parametrize(
+        ("choice", "complaint"),
+        [
+            ({"payload": "mulaw", "channels": 2}, "channels: expected 1 of mulaw, got 2"),
+            ({"channels": 2, "channel": 2}, "channel: expected 0 to 1, got 2"),
+            ({"payload": "opus", "apart": 3}, "apart: expected 2 at most, got 3"),
+        ],
+    )
+    def test_channels_that_are_not_there_are_said(self, choice, complaint):
+        with pytest.raises(ValidationError, match=complaint):
+            RtpSource(port=0, **choice)
+
+    async def test_channels_apart_are_streams_apart_on_one_port(self, checkpoint):
+        port = free_port()
+        source = {"kind": "rtp", "port": port, "channels": 2, "rate": 16_000, "apart": 2}
+        stop, events = asyncio.Event(), []
+        settings = config(checkpoint, {"mixer": source}, session={"heartbeat_s": 0.5})
+        running = asyncio.ensure_future(run(settings, stop=stop, on_event=events.append))
+        sent = linear(np.stack([speechlike(16_000, seed=seed) for seed in (1, 2)], 1), 320)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            number = 0
+            async with asyncio.timeout(60):
+                while len({e.stream_id for e in events if e.type == "heartbeat"}) < 2:
+                    data = packet(number, sent[number % 50], length=320)
+                    sender.sendto(data, ("127.0.0.1", port))
+                    number += 1
+                    await asyncio.sleep(0.005)
+        stop.set()
+        await running
+        assert {event.stream_id for event in events} == {"mixer-1", "mixer-2"}
+        opened = {event.session_id for event in events if event.type == "session.opened"}
+        assert len(opened) == 2
 
     async def test_a_port_that_is_taken_is_said(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:

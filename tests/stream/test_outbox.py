@@ -64,17 +64,28 @@ class TestFile:
         assert modes.keys() >= {"outbox.db", "outbox.db-wal"}
         assert set(modes.values()) == {0o600}
 
-    @pytest.mark.parametrize("content", [b"no database" * 100, None])
-    async def test_another_file_is_refused(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        ("statement", "got"),
+        [
+            (None, "file is not a database"),
+            ("PRAGMA user_version = 7", "version 7: of a newer livesat"),
+            ("CREATE TABLE bills (n)", "one with other tables"),
+        ],
+    )
+    async def test_another_file_is_refused_and_left_alone(self, tmp_path, statement, got):
         path = tmp_path / "outbox.db"
-        if content is None:
-            with contextlib.closing(sqlite3.connect(path)) as database:
-                database.execute("PRAGMA user_version = 7")
+        if statement is None:
+            path.write_bytes(b"no database" * 100)
         else:
-            path.write_bytes(content)
-        with pytest.raises(SinkError, match=r"fanout\.outbox: .*expected an outbox"):
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute(statement)
+        before = path.read_bytes()
+        with pytest.raises(
+            SinkError, match=rf"fanout\.outbox: .*expected an outbox of version 1, got {got}"
+        ):
             async with Fanout({}, durable(path)):
                 pass
+        assert path.read_bytes() == before
 
 
 class TestDelivery:

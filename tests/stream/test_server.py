@@ -5,6 +5,7 @@ import re
 import socket as socketlib
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import httpx
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from sinks.events import parse
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
 from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
+from stream.web import exports
 from stream.web.server import serve
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
@@ -334,11 +337,44 @@ class TestFeed:
         assert len(got["rttm"].text.splitlines()) == len(turns) > 0
         assert got["vtt"].text.startswith("WEBVTT")
         assert " --> " in got["srt"].text
-        assert got["json"].json() == [e for e in said if e["is_final"]]
+        assert got["json"].json() == {
+            "session_id": session,
+            "stream_id": said[0]["stream_id"],
+            "complete": True,
+            "kept_from": 0.0,
+            "events": [e for e in said if e["is_final"]],
+        }
+        assert not any("X-Livesat-Kept-From" in answer.headers for answer in got.values())
         assert re.match(r"(S\d+|\?): \w", got["txt"].text)
         assert (got["doc"].status_code, missing.status_code) == (404, 404)
         assert listed["state"] == "closed"
         assert set(listed["speakers"]) == {e["speaker"]["label"] for e in turns}
+
+    async def test_an_export_says_what_is_no_longer_kept(self, monkeypatch):
+        threads = set()
+        monkeypatch.setattr(exports, "parse", lambda data: threads.add(get_ident()) or parse(data))
+        desk, said = Desk(), Talk()
+        desk.feed = Feed(history=4000)
+        for at in range(40):
+            desk.feed.publish(said.turn(f"t{at}", "S1", at, at + 0.5))
+            desk.feed.publish(said.said("well then", "S1", at, at + 0.5))
+        async with desk.serving() as (port, _), httpx.AsyncClient() as http:
+            got = {
+                form: await http.get(f"http://127.0.0.1:{port}/v1/sessions/s1/export.{form}")
+                for form in ("rttm", "vtt", "srt", "json", "txt")
+            }
+        kept_from = got["json"].json()["kept_from"]
+        assert not got["json"].json()["complete"]
+        assert 30 < kept_from < 40
+        note = f"What was said before {kept_from} s is no longer kept."
+        assert got["rttm"].text.startswith(f";; {note}\nSPEAKER ")
+        assert got["vtt"].text.startswith(f"WEBVTT\n\nNOTE {note}\n\n")
+        assert got["txt"].text.startswith(f"({note})\nS1: well then")
+        assert got["srt"].text.startswith("1\n")
+        for answer in got.values():
+            assert answer.headers["X-Livesat-Kept-From"] == f"{kept_from:.3f}"
+        assert threads
+        assert get_ident() not in threads
 
 
 class TestPeople:

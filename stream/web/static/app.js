@@ -6,6 +6,8 @@ import { Microphone } from "./microphone.js";
 import { Session, clock, colour } from "./session.js";
 import { Transcript } from "./transcript.js";
 
+const CLOSED = 20; // sessions that are over and still listed
+
 const $ = (id) => document.getElementById(id);
 const main = document.querySelector("main");
 const sessions = new Map();
@@ -28,10 +30,37 @@ function take(event) {
     if (!pinned) choose(session.id);
   }
   session.take(event);
+  if (session !== chosen) session.revised.clear(); // nobody looks
+  if (!session.open) prune();
   if (event.lag_ms !== undefined && /^(turn|transcript)\./.test(event.type)) {
     lag = lag === null ? event.lag_ms : 0.9 * lag + 0.1 * event.lag_ms;
   }
   stale = true;
+}
+
+// The oldest of those that are over go; what is kept of them is kept by the daemon.
+function prune() {
+  const over = [...sessions.values()].filter((session) => !session.open);
+  for (const session of over.slice(0, Math.max(0, over.length - CLOSED))) {
+    if (session !== chosen) sessions.delete(session.id);
+  }
+}
+
+// Sessions that a daemon which ended otherwise than by closing them does not know any more.
+async function forget() {
+  const before = [...sessions.values()].filter((session) => session.open);
+  if (!before.length) return;
+  try {
+    const answer = await fetch("/v1/sessions");
+    if (!answer.ok) return;
+    const listed = (await answer.json()).sessions.filter((entry) => entry.state === "open");
+    const open = new Set(listed.map((entry) => entry.session));
+    for (const session of before) if (!open.has(session.id)) session.end();
+    prune();
+    stale = true;
+  } catch {
+    // It is gone again: the next connection asks again.
+  }
 }
 
 function choose(id) {
@@ -59,7 +88,7 @@ function draw() {
         opened && `since ${opened}`,
         `${people} ${people === 1 ? "speaker" : "speakers"}`,
         chosen.open ? "live" : "ended",
-      ].filter(Boolean).join(" · ");
+      ].filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
       showPeople(chosen);
       transcript.draw(chosen);
     }
@@ -276,7 +305,10 @@ const feed = new Feed(take, (state) => {
   connection = state;
   stale = true;
   if (state === "denied") login();
-  if (state === "open") look();
+  if (state === "open") {
+    look();
+    forget();
+  }
 });
 setInterval(look, 5000);
 requestAnimationFrame(draw);

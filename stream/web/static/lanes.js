@@ -11,20 +11,27 @@ export class Lanes {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.colours = new Map();
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.colours.clear());
+    this.drawn = ""; // what the picture shows: as long as that is the same it is left alone
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+      this.colours.clear();
+      this.drawn = "";
+    });
   }
 
   draw(session) {
     const { canvas, context: g } = this;
     const ratio = devicePixelRatio || 1;
     const { clientWidth: width, clientHeight: height } = canvas;
+    const now = Math.max(session.clock(), 10);
+    const wanted = [session.id, session.seq, now, width, height, ratio].join();
+    if (wanted === this.drawn) return;
+    this.drawn = wanted;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio);
       canvas.height = Math.round(height * ratio);
     }
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
     g.clearRect(0, 0, width, height);
-    const now = Math.max(session.clock(), 10);
     const from = Math.max(0, now - SPAN_S);
     const x = (seconds) => ((seconds - from) / (now - from)) * (width - 16) + 4;
 
@@ -35,6 +42,7 @@ export class Lanes {
     const step = now - from > 30 ? 10 : 5;
     for (let at = Math.ceil(from / step) * step; at <= now; at += step) {
       const px = Math.round(x(at)) + 0.5;
+      if (px < 8) continue; // beside the border
       g.beginPath();
       g.moveTo(px, 0);
       g.lineTo(px, height - 20);

@@ -1,7 +1,10 @@
 // This browser's microphone → /v1/audio. A connection that breaks is taken up again where the
-// server left off: what it has not heard is kept for half a minute and sent once more.
+// server left off: what it has not heard is kept for half a minute and sent once more. Stopped
+// while it is broken, it comes back all the same: to say the rest and to end its session.
 
 const KEEP_S = 30;
+const AGAIN_MS = 700;
+const FAREWELLS = 80; // tries of one that was stopped: about as long as the session waits for it
 
 // Close codes after which trying again changes nothing.
 const REFUSED = new Set([1003, 1007, 1008, 1013]);
@@ -25,11 +28,12 @@ export class Microphone {
     this.node = new AudioWorkletNode(this.context, "capture", { numberOfOutputs: 0 });
     source.connect(this.node);
     this.running = true;
-    this.token = null;
-    this.taken = 0; // samples captured so far
-    this.kept = []; // {from, samples} not yet known to be heard
-    this.node.port.onmessage = (message) => this.#captured(message.data);
-    this.#connect();
+    const call = new Call(this.context.sampleRate, (state, detail) => {
+      if (state === "refused" && this.running) this.stop();
+      if (this.running || state === "refused") this.onState(state, detail);
+    });
+    this.call = call;
+    this.node.port.onmessage = (message) => call.say(message.data);
   }
 
   async stop() {
@@ -37,11 +41,42 @@ export class Microphone {
     this.running = false;
     this.node.port.onmessage = null;
     for (const track of this.stream.getTracks()) track.stop();
-    await this.context.close();
-    if (this.socket?.readyState === WebSocket.OPEN) {
-      this.socket.send(JSON.stringify({ type: "close" }));
-    }
+    this.call.end();
     this.onState("off");
+    await this.context.close();
+  }
+}
+
+// One stream of audio over as many connections as it takes.
+class Call {
+  constructor(rate, onState) {
+    this.rate = rate;
+    this.onState = onState;
+    this.token = null;
+    this.taken = 0; // samples captured so far
+    this.kept = []; // {from, samples} not yet known to be heard
+    this.ready = false;
+    this.over = false; // nothing more is said
+    this.farewells = FAREWELLS;
+    this.#connect();
+  }
+
+  say(samples) {
+    const from = this.taken;
+    this.taken += samples.length;
+    this.kept.push({ from, samples });
+    const oldest = this.taken - KEEP_S * this.rate;
+    while (this.kept.length && this.kept[0].from < oldest) this.kept.shift();
+    if (this.ready) this.socket.send(samples);
+  }
+
+  end() {
+    this.over = true;
+    if (this.ready) this.#close();
+  }
+
+  #close() {
+    this.socket.send(JSON.stringify({ type: "close" }));
   }
 
   #connect() {
@@ -49,54 +84,38 @@ export class Microphone {
     url.protocol = url.protocol.replace("http", "ws");
     const query = url.searchParams;
     query.set("encoding", "s16le");
-    query.set("rate", this.context.sampleRate);
+    query.set("rate", this.rate);
     query.set("name", "browser");
     query.set("partials", "false");
     if (this.token) {
       query.set("resume", this.token);
       query.set("have", this.kept[0]?.from ?? this.taken);
     }
-    this.ready = false;
-    this.socket = new WebSocket(url);
-    this.socket.onmessage = (message) => {
+    const socket = new WebSocket(url);
+    this.socket = socket;
+    socket.onmessage = (message) => {
       const value = JSON.parse(message.data);
       if (value.type !== "ready") return;
       this.token = value.resume_token;
-      this.session = value.session_id;
-      if (!this.running) {
-        // Stopped while it was connecting.
-        this.socket.send(JSON.stringify({ type: "close" }));
-        return;
-      }
-      this.ready = true;
       for (const { from, samples } of this.kept) {
         const skip = Math.max(value.received - from, 0);
-        if (skip < samples.length) this.socket.send(samples.subarray(skip));
+        if (skip < samples.length) socket.send(samples.subarray(skip));
       }
-      this.onState("on", value.session_id);
+      this.ready = true;
+      if (this.over) this.#close();
+      else this.onState("on", value.session_id);
     };
-    this.socket.onclose = (close) => {
+    socket.onclose = (close) => {
       this.ready = false;
-      if (!this.running) return;
       const slow = close.reason.startsWith("reads too slowly");
       if (REFUSED.has(close.code) && !slow) {
-        // Refused: no slot, or the session is over. What was captured belongs to it.
-        this.token = null;
-        this.stop();
-        this.onState("refused", close.reason || "the server has no room for another stream");
+        // No slot, or the session is over. What was captured belongs to it.
+        if (!this.over) this.onState("refused", close.reason || "the server has no room for another stream");
         return;
       }
-      this.onState("lost");
-      setTimeout(() => this.running && this.#connect(), 700);
+      if (this.over && (close.code === 1000 || !this.token || this.farewells-- <= 0)) return;
+      if (!this.over) this.onState("lost");
+      setTimeout(() => this.#connect(), AGAIN_MS);
     };
-  }
-
-  #captured(samples) {
-    const from = this.taken;
-    this.taken += samples.length;
-    this.kept.push({ from, samples });
-    const oldest = this.taken - KEEP_S * this.context.sampleRate;
-    while (this.kept.length && this.kept[0].from < oldest) this.kept.shift();
-    if (this.ready) this.socket.send(samples);
   }
 }

@@ -1,4 +1,9 @@
-// One session as its events tell it: speakers, turns, words. Pure state, no page.
+// One session as its events tell it: speakers, turns, words. Pure state, no page. A page may stay
+// open for days: of turns, words and gaps the latest are kept, of the rest how long each one spoke.
+
+const TURNS = 400;
+const WORDS = 4000;
+const GAPS = 100;
 
 export class Session {
   constructor(id, stream) {
@@ -12,15 +17,20 @@ export class Session {
     this.seq = -1;
     this.names = new Map(); // label → person
     this.turns = new Map(); // turn_id → {label, start, end, final}
+    this.spoken = new Map(); // label → seconds of turns that are no longer kept
     this.words = []; // finals, in order: {text, start, end, label, turn, sure}
+    this.before = 0; // words that are no longer kept
     this.partial = []; // words that may still change
     this.gaps = []; // {start, end, reason}
     this.labels = []; // in the order they were heard
+    this.past = 0; // how often something said before has changed: a name, a speaker
     this.revised = new Set(); // turn_ids whose speaker changed since the page last looked
+    this.late = false; // its beginning was not there any more when the page came
   }
 
   take(event) {
     if (event.seq <= this.seq) return; // at least once: seen already
+    if (this.seq < 0) this.late = event.seq > 0;
     this.seq = event.seq;
     if (event.end > this.now) {
       this.now = event.end;
@@ -49,7 +59,7 @@ export class Session {
 
   // Label → seconds spoken.
   shares() {
-    const sums = new Map();
+    const sums = new Map(this.spoken);
     for (const turn of this.turns.values()) {
       sums.set(turn.label, (sums.get(turn.label) ?? 0) + turn.end - turn.start);
     }
@@ -62,6 +72,10 @@ export class Session {
   }
 
   ["session.closed"]() {
+    this.end();
+  }
+
+  end() {
     this.open = false;
     this.partial = [];
     for (const turn of this.turns.values()) turn.final = true;
@@ -80,11 +94,11 @@ export class Session {
   }
 
   ["speaker.identified"](event) {
-    if (event.identity === null) this.names.delete(event.speaker);
-    else this.names.set(event.speaker, event.identity);
+    this.#call(event.speaker, event.identity);
   }
 
   ["speaker.revised"](event) {
+    this.past++;
     if (event.reason === "identified") {
       for (const id of event.revision_of) this.revised.add(id);
       return;
@@ -103,7 +117,12 @@ export class Session {
         this.revised.add(word.turn);
       }
     }
-    if (merged) this.labels = this.labels.filter((label) => label !== event.from_label);
+    if (merged) {
+      this.labels = this.labels.filter((label) => label !== event.from_label);
+      const moved = this.spoken.get(event.from_label) ?? 0;
+      this.spoken.delete(event.from_label);
+      if (moved) this.spoken.set(event.to_label, (this.spoken.get(event.to_label) ?? 0) + moved);
+    }
     this.#meet(event.to_label);
   }
 
@@ -114,10 +133,22 @@ export class Session {
   ["transcript.final"](event) {
     this.partial = [];
     for (const word of event.words) this.words.push(this.#word(word, event.turn_id));
+    if (this.words.length > 1.25 * WORDS) {
+      this.before += this.words.length - WORDS;
+      this.words.splice(0, this.words.length - WORDS);
+    }
   }
 
   gap(event) {
     this.gaps.push({ start: event.start, end: event.end, reason: event.reason });
+    if (this.gaps.length > GAPS) this.gaps.shift();
+  }
+
+  #call(label, identity) {
+    if ((this.names.get(label) ?? null) === identity) return;
+    if (identity === null) this.names.delete(label);
+    else this.names.set(label, identity);
+    this.past++;
   }
 
   #word(word, turn) {
@@ -134,14 +165,22 @@ export class Session {
   #turn(event, final) {
     const { label, identity } = event.speaker;
     const before = this.turns.get(event.turn_id);
-    if (before && before.label !== label) this.revised.add(event.turn_id);
+    if (before && before.label !== label) {
+      this.revised.add(event.turn_id);
+      this.past++;
+    }
     this.turns.set(event.turn_id, { label, start: event.start, end: event.end, final });
-    if (identity) this.names.set(label, identity);
+    if (identity) this.#call(label, identity);
     this.#meet(label);
     if (!final) return;
+    for (const [id, turn] of this.turns) {
+      if (this.turns.size <= TURNS) break;
+      this.spoken.set(turn.label, (this.spoken.get(turn.label) ?? 0) + turn.end - turn.start);
+      this.turns.delete(id);
+    }
     // Provisional labels that no turn bears any more were never anyone.
     const borne = new Set([...this.turns.values()].map((turn) => turn.label));
-    this.labels = this.labels.filter((each) => borne.has(each));
+    this.labels = this.labels.filter((each) => borne.has(each) || this.spoken.has(each));
   }
 
   #meet(label) {
