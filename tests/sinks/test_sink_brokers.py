@@ -354,7 +354,7 @@ class TestKafka:
         monkeypatch.setattr(kafka_sink, "FAREWELL_S", 0.05)
         talk = Talk()
         sent = [talk.warning() for _ in range(6)]
-        settings = KafkaSettings(brokers=cluster.brokers, timeout_s=0.2)
+        settings = KafkaSettings(brokers=cluster.brokers, timeout_s=1.0)
         async with Fanout({"kafka": settings}, FAST) as out:
             for event in sent[:3]:
                 await out.publish(event)
