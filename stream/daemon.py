@@ -121,6 +121,10 @@ async def run(
     their sinks. A second signal gives up on that. A file that is not paced is read no faster than
     the engine computes; a live source loses through its ring, as `gap` events.
 
+    A run that ends by itself did what it was asked for only if every source did: one that failed is
+    an error at the end. A run that is told to stop, as a daemon is, has succeeded when it drained:
+    a source that failed, however long ago, was an event and a line in the log.
+
     Args:
         config: What to run.
         on_event: Called with each event, at once and on the event loop: keep it short.
@@ -138,7 +142,8 @@ async def run(
         LanguageModelError: words cannot be decoded with the language model that is asked for.
         EngineError: a checkpoint or device cannot be used, or slots are fewer than sources.
         SourceError: a source cannot be opened, in which case nothing ran; or one failed later, in
-            which case its session was closed with reason "error" and all else ran to its end.
+            which case its session was closed with reason "error" and all else ran to its end
+            without being told to stop; or one cannot listen.
         VoiceprintError: the enrolled voices named in the configuration cannot be used.
         SinkError: a sink cannot be opened, or finals did not reach it.
     """
@@ -182,7 +187,7 @@ async def run(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast, trouble=house.trouble)
         )
         await house.serve(sources, blocks, listeners, reload)
-    if house.failures:
+    if house.failures and not house.stop.is_set():
         raise SourceError("\n".join(house.failures))
     return house.summary()
 
@@ -232,6 +237,10 @@ class House:
     feed: Feed = field(default_factory=Feed)
     live: dict[str, Live] = field(default_factory=dict[str, Live])
     """Open sessions by id."""
+    _deaf: set[str] = field(default_factory=set[str])
+    """Listeners that do not listen yet."""
+    _beside_server: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+    """Sources and listeners that are not the server."""
     _failing: dict[str, str] = field(default_factory=dict[str, str])
     """Sinks that fail, and why."""
     _troubles: asyncio.Queue[tuple[str, str | None]] = field(
@@ -268,6 +277,7 @@ class House:
             lambda: self.engine.active,
         )
         began = monotonic()
+        self._deaf = set(listeners)
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(self.batches.serve(), name="batches")
             working = [
@@ -276,7 +286,12 @@ class House:
             ] + [
                 group.create_task(listener.serve(name, self), name=f"listener:{name}")
                 for name, listener in listeners.items()
+                if name != SERVER
             ]
+            self._beside_server = working.copy()
+            if SERVER in listeners:
+                serve = listeners[SERVER].serve(SERVER, self)
+                working.append(group.create_task(serve, name=f"listener:{SERVER}"))
             beside = [
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
@@ -286,7 +301,7 @@ class House:
                 beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
             if reload is not None:
                 beside.append(group.create_task(self._reload(reload), name="reload"))
-            self.supervisor.ready()
+            self._tell_ready()
             try:
                 await asyncio.wait(working)
             finally:
@@ -294,6 +309,20 @@ class House:
                     task.cancel()
                 self.feed.close()
         self.wall_s = monotonic() - began
+
+    def listening(self, name: str) -> None:
+        """See `Intake.listening`."""
+        self._deaf.discard(name)
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        if not self._deaf and not self.stop.is_set():
+            self.supervisor.ready()
+
+    async def drained(self) -> None:
+        """See `Desk.drained`."""
+        if self._beside_server:
+            await asyncio.wait(self._beside_server)
 
     async def _tell_of_the_stop(self) -> None:
         await self.stop.wait()
@@ -344,7 +373,7 @@ class House:
                 log.info("reloaded", changed=[key for key in changed if key in RELOADED])
                 if kept:
                     log.warning("restart the daemon for these", keys=kept)
-            self.supervisor.ready()
+            self._tell_ready()
 
     async def find_survivors(self, stack: AsyncExitStack) -> None:
         """Open the file of open sessions and read them.
@@ -368,13 +397,14 @@ class House:
         tap: OnEvent | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """A listener's caller: see `Intake.stream`."""
         slot = self.engine.acquire()
         try:
             async with source.open() as blocks:
                 await self._session_over(
-                    name, source, blocks, slot, tap, returns=returns, resume=resume
+                    name, source, blocks, slot, tap, returns=returns, resume=resume, opened=opened
                 )
         finally:
             self.engine.release(slot)
@@ -526,6 +556,7 @@ class House:
         *,
         returns: Returns,
         resume: Resumed | None = None,
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """One session, from its source's first block to `session.closed`.
 
@@ -552,6 +583,8 @@ class House:
             for sink, error in self._failing.items():
                 await self._emit(live, partial(session.warned, "sink.failed", f"{sink}: {error}"))
         self.live[session.id] = live
+        if opened is not None:
+            opened()
         try:
             failure = await self._heard_out(live, blocks)
         finally:
@@ -584,8 +617,6 @@ class House:
                 next_seq=session.seq,
             )
         )
-        if resume.began is not None:
-            resume.began()
         log.info("session goes on", stream=session.stream_id, session=session.id)
         if not live.called:
             away = clock.samples(max(time() - resume.saved, 0))

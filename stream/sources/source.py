@@ -55,7 +55,6 @@ class Resumed:
             sends again what was not saved, and events of that are made again under their numbers.
         saved: When it was saved, in seconds since 1970: a clock that two processes share.
         data: The session as it was saved.
-        began: Called when the session goes on.
     """
 
     session_id: str
@@ -66,7 +65,6 @@ class Resumed:
     next_seq: int | None
     saved: float
     data: bytes
-    began: Callable[[], None] | None = None
 
 
 class Source(Protocol):
@@ -104,6 +102,10 @@ class Intake(Protocol):
         """Set when the daemon drains: take nobody new, let who is there finish."""
         ...
 
+    def listening(self, name: str) -> None:
+        """The listener ``name`` takes callers from now on; the daemon is ready once all do."""
+        ...
+
     async def stream(
         self,
         name: str,
@@ -112,6 +114,7 @@ class Intake(Protocol):
         tap: Callable[[Event], None] | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """Run one session over ``source`` until it ends, or the daemon drains.
 
@@ -121,6 +124,7 @@ class Intake(Protocol):
             tap: Called with each event of this session, at once and on the event loop.
             resume: The session to go on with; None begins one.
             returns: How it may go on in another process; what never does is drained at the end.
+            opened: Called when the session is open: begun, or gone on with.
 
         Raises:
             EngineFull: no slot is free; nothing was opened.
@@ -140,6 +144,8 @@ class Listener(Protocol):
 
     async def serve(self, name: str, intake: Intake) -> None:
         """Take callers until the daemon drains; returns when the last has gone.
+
+        Calls `Intake.listening` as soon as one could come.
 
         Args:
             name: Its name in the configuration; streams are named after it.
