@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from math import inf
 from operator import attrgetter
 from time import monotonic, time
 from typing import Final
@@ -36,7 +37,7 @@ from stream.sources.apart import Apart, Multichannel
 from stream.sources.line import Line
 from stream.sources.source import Block, Listener, Resumed, Returns, Source, SourceError
 from stream.supervisor import Supervisor
-from stream.survival import Survival, Survivor
+from stream.survival import AHEAD, Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.tracks.pipeline import NOBODY
 from stream.voiceprints import VoiceprintError, Voiceprints, default_path
@@ -205,6 +206,8 @@ class Live:
         emitting: Held from the making of events to their publication: `seq` keeps its order.
         position: See `Block.position`.
         saved: When it was saved last, in monotonic seconds.
+        saving: What makes bytes of that and writes them.
+        over: It has said its last event here.
     """
 
     session: Session
@@ -215,6 +218,8 @@ class Live:
     emitting: asyncio.Lock = field(default_factory=asyncio.Lock)
     position: int = 0
     saved: float = field(default_factory=monotonic)
+    saving: asyncio.Task[None] | None = None
+    over: bool = False
 
 
 @dataclass
@@ -450,6 +455,7 @@ class House:
             await asyncio.to_thread(self._enrol, name, embedding, evidence_s, session_id)
             await self.look_again()
         await self._emit(live, partial(live.session.name_speaker, number, name))
+        live.saved = -inf  # no audio brings a name back: save it soon
 
     async def voices(self) -> list[str]:
         """See `Desk.voices`."""
@@ -524,11 +530,11 @@ class House:
             line = Line(oldest.source)
             line.end()
             try:
-                await self.stream(oldest.stream, line, resume=oldest.resumed(exact=False))
+                await self.stream(oldest.stream, line, resume=oldest.resumed())
             except (SourceError, EngineFull) as error:
                 log.warning("session lost", session=oldest.session_id, error=str(error))
                 if self.survival is not None:
-                    await self.survival.forget(oldest.session_id)
+                    self.survival.forget(oldest.session_id)
 
     async def _hear(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
         """A source of the configuration, already open."""
@@ -543,7 +549,7 @@ class House:
             in_time = self._left_s(survivor) >= 0
             if survivor.stream == name and not survivor.called and in_time:
                 del self.survivors[token]
-                return survivor.resumed(exact=False)
+                return survivor.resumed()
         return None
 
     async def _session_over(
@@ -589,6 +595,8 @@ class House:
             failure = await self._heard_out(live, blocks)
         finally:
             del self.live[session.id]
+            if live.saving is not None:
+                live.saving.cancel()
         if failure is not None and not called:
             self.failures.append(failure)
 
@@ -604,8 +612,8 @@ class House:
         except ValueError as error:
             raise SourceError(f"session {resume.session_id} cannot go on: {error}") from error
         live.position = resume.taken
-        if resume.next_seq is not None:
-            session.skip_to(resume.next_seq)
+        since = session.seq
+        skipped = session.go_on(resume.next_seq, resume.said)
         saved = datetime.fromtimestamp(resume.saved, UTC).isoformat()
         self.feed.enter(
             Entry(
@@ -617,7 +625,15 @@ class House:
                 next_seq=session.seq,
             )
         )
+        for event in resume.said:
+            self.feed.keep(event)
+            if event.is_final and event.seq >= since:  # not every sink may have it
+                await self.fanout.publish(event)
         log.info("session goes on", stream=session.stream_id, session=session.id)
+        if skipped:
+            first = resume.said[-1].seq + 1 if resume.said else since
+            message = f"goes on after a kill, without numbers {first} to {resume.next_seq - 1}"
+            await self._emit(live, partial(session.warned, "session.resumed", message))
         if not live.called:
             away = clock.samples(max(time() - resume.saved, 0))
             await self._take_in(live, Block(_NOTHING, monotonic(), away, "unplugged"))
@@ -647,13 +663,16 @@ class House:
             await self._emit(live, lambda: session.failed("internal", "an internal error"))
             reason = "error"
         if reason == "stopped" and self._outlives(live):
-            await self._save(live)
+            await self._save(live, last=True)
             log.info("session kept", stream=session.stream_id, session=session.id)
         else:
             await self._advance(live, session.close())
             await self._emit(live, lambda: session.closed(reason))
+            live.over = True
             if self.survival is not None:
-                await self.survival.forget(session.id)
+                if live.saving is not None:
+                    live.saving.cancel()  # or it would be there again
+                self.survival.forget(session.id)
             log.info("session closed", stream=session.stream_id, session=session.id, reason=reason)
         self.audio_s += clock.seconds(session.received)
         self.lost_s += clock.seconds(session.lost)
@@ -673,32 +692,51 @@ class House:
         live.position = max(live.position, block.position)
         if block.flushed is not None:
             block.flushed()
-        if self._outlives(live) and monotonic() - live.saved >= self.config.session.save_s:
+        due = monotonic() - live.saved >= self.config.session.save_s
+        if due and self._outlives(live) and (live.saving is None or live.saving.done()):
             await self._save(live)
 
     def _outlives(self, live: Live) -> bool:
         return self.survival is not None and live.resumable
 
-    async def _save(self, live: Live) -> None:
+    async def _save(self, live: Live, *, last: bool = False) -> None:
+        """Take the session as it is now, and write it beside what goes on.
+
+        Args:
+            live: Its chunks have all been taken; no save of it is under way, unless it is the last.
+            last: Nothing goes on: wait until it is written.
+        """
         assert self.survival is not None
+        if live.saving is not None:
+            await live.saving
         session = live.session
-        encoder = await self.engine.save(session.slot)
+        encoder = await self.engine.freeze(session.slot)
         async with live.emitting:
-            await self.survival.save(
-                Survivor(
-                    session_id=session.id,
-                    stream=session.stream_id,
-                    token=session.resume_token,
-                    source=live.source,
-                    called=live.called,
-                    taken=live.position,
-                    received=session.received,
-                    saved=time(),
-                    seq=session.seq - 1,
-                    data=session.save(encoder),
-                )
+            live.over = last
+            own = session.freeze()
+            survivor = Survivor(
+                session_id=session.id,
+                stream=session.stream_id,
+                token=session.resume_token,
+                source=live.source,
+                called=live.called,
+                taken=live.position,
+                received=session.received,
+                saved=time(),
+                free=session.seq if last else session.seq + AHEAD,
+                data=b"",
             )
         live.saved = monotonic()
+        live.saving = asyncio.create_task(
+            self._write(self.survival, survivor, lambda: own(encoder())), name=f"save:{session.id}"
+        )
+        if last:
+            await live.saving
+
+    @staticmethod
+    async def _write(survival: Survival, survivor: Survivor, packed: Callable[[], bytes]) -> None:
+        data = await asyncio.to_thread(packed)
+        await survival.save(replace(survivor, data=data))
 
     def _session(self, name: str, source: Source, slot: int, resume: Resumed | None) -> Session:
         engine, settings = self.engine, self.config.session
@@ -746,20 +784,20 @@ class House:
                     self.latency.observe(behind_s * 1000)
 
     async def _emit(self, live: Live, make: Callable[[], Sequence[Event]]) -> Sequence[Event]:
-        """Make events and publish them, one maker of a session at a time."""
+        """Make events and publish them, one maker of a session at a time; none after the last."""
         async with live.emitting:
-            events = make()
+            events = () if live.over else live.session.new(make())
             for event in events:
                 self.events[event.type] += 1
                 if event.type in _TIMED:
                     self.lag.observe(event.lag_ms)
+                line = self.feed.publish(event)
+                if self.survival is not None and live.resumable:
+                    self.survival.note(event.session_id, event.seq, line.data)
                 if self.on_event is not None:
                     self.on_event(event)
-                self.feed.publish(event)
                 if live.tap is not None:
                     live.tap(event)
-                if self.survival is not None:
-                    self.survival.note(event.session_id, event.seq)
                 await self.fanout.publish(event)
         return events
 

@@ -51,8 +51,9 @@ class Resumed:
         token: The caller's secret.
         source: What the source said it was.
         taken: The caller's own samples that had been heard when it was saved.
-        next_seq: Number of its next event, after the last that was given out. None: the caller
-            sends again what was not saved, and events of that are made again under their numbers.
+        next_seq: Number of its next new event: none of an earlier process has it or a higher one.
+        said: Its last events, as far as they are known, in order. One that is made again, because
+            the caller sends again what was not saved, is no new event.
         saved: When it was saved, in seconds since 1970: a clock that two processes share.
         data: The session as it was saved.
     """
@@ -62,7 +63,8 @@ class Resumed:
     token: str
     source: str
     taken: int
-    next_seq: int | None
+    next_seq: int
+    said: tuple[Event, ...]
     saved: float
     data: bytes
 

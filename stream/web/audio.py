@@ -82,9 +82,8 @@ class Audio:
                 known = "has ended" if self._calls.ended(token) else "is not known"
                 raise Hangup(POLICY, f"the session of this resume token {known}")
             try:
-                exact = have is None or have <= survivor.taken
                 call = await self._calls.open(
-                    survivor.stream, survivor.source, shape, resume=survivor.resumed(exact=exact)
+                    survivor.stream, survivor.source, shape, resume=survivor.resumed()
                 )
             except EngineFull:
                 self._desk.give_back(survivor)
