@@ -52,6 +52,9 @@ SERVER: Final = "server"
 RELOADED: Final = ("tracks", "session", "voiceprints", "log")
 """Keys that a reload takes over: for sessions that open from then on, voices for all of them."""
 
+FIRST_S: Final = 1.0
+"""Age at which a session is saved for the first time: before that it does not outlive a kill."""
+
 _NOTHING: Final = np.zeros(0, np.float32)
 
 _TIMED: Final = frozenset(
@@ -573,6 +576,7 @@ class House:
             resume = self._survivor_of(name)
         session = self._session(name, source, slot, resume)
         live = Live(session, source.name, called, source.live and returns != "never", tap)
+        live.saved -= max(self.config.session.save_s - FIRST_S, 0)
         self.sessions += 1
         if resume is not None:
             try:

@@ -187,8 +187,6 @@ class Survival:
             ) from error
         try:
             database.execute("PRAGMA journal_mode = WAL")
-            # Survives the process, which is the aim; the machine's end may cost the last moments.
-            database.execute("PRAGMA synchronous = NORMAL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
@@ -197,14 +195,20 @@ class Survival:
                     f"session.state: {self._path}: version {version}, expected {VERSION}"
                 )
             found = [_survivor(database, *row) for row in database.execute(_SESSIONS)]
+            database.execute(
+                "PRAGMA synchronous = FULL"
+            )  # no number twice, if the machine ends too
             with database:
                 # Events of sessions that were never saved; and before a number is given out:
                 database.execute("DELETE FROM said WHERE id NOT IN (SELECT id FROM sessions)")
                 database.execute("UPDATE numbers SET free = free + ?", (AHEAD,))
+            # Survives the process, which is the aim; the machine's end may cost the last moments.
+            database.execute("PRAGMA synchronous = NORMAL")
         except (sqlite3.DatabaseError, ValueError) as error:
             database.close()
             raise SurvivalError(
-                f"session.state: {self._path}: expected a file of open sessions ({error})"
+                f"session.state: {self._path}: expected a file of open sessions "
+                f"that can be written ({error})"
             ) from error
         except SurvivalError:
             database.close()

@@ -334,6 +334,32 @@ async def test_a_disk_that_takes_nothing_holds_up_neither_audio_nor_names(
     assert not packers & {"MainThread", "inference"}
 
 
+@pytest.mark.parametrize("first_s", [1e-9, 3600])
+async def test_a_young_session_and_a_name_are_saved_soon(
+    checkpoint, speech, tmp_path, monkeypatch, first_s
+):
+    def saved():
+        with contextlib.closing(sqlite3.connect(state)) as database:
+            return database.execute("SELECT count(*) FROM sessions").fetchone()[0]
+
+    monkeypatch.setattr("stream.daemon.FIRST_S", first_s)
+    state = tmp_path / "state.db"
+    keys = {"session": {**QUIET, "state": state, "save_s": 3600}}
+    async with serving(checkpoint, **keys) as house, house.http() as http, asyncio.timeout(30):
+        async with house.connect("/v1/audio") as socket:
+            await socket.recv()
+            await socket.send(pcm(speech[: 3 * SAMPLE_RATE]))
+            await until(lambda: any(e.type == "turn.ended" for e in house.events))
+            if first_s > 1:
+                assert await asyncio.to_thread(saved) == 0
+                label = next(e.speaker.label for e in house.events if e.type == "turn.ended")
+                path = f"/v1/sessions/{house.events[0].session_id}/speakers/{label}"
+                await http.put(path, json={"name": "Anna"})
+                await socket.send(pcm(speech[3 * SAMPLE_RATE : 4 * SAMPLE_RATE]))
+            while not await asyncio.to_thread(saved):
+                pass
+
+
 class Daemon:
     """`livesat run` in a process of its own."""
 
