@@ -3,7 +3,8 @@
 Times are float seconds on the session's clock, rounded to the microsecond. ``seq`` counts the
 events of a session without a gap, so that a subscriber can tell a loss from silence; only a session
 that outlived a kill of the daemon skips numbers, and says which in a `warning` of the code
-``session.resumed``. Delivery is at least once: a subscriber drops what it has seen by ``id``, which is ``session_id:seq``.
+``session.resumed``. Delivery is at least once: a subscriber drops what it has seen by ``id``, which
+is ``session_id:seq``.
 
 A new event is one class, one member of `Event` and one value of `EventType`. The JSON Schema and
 the AsyncAPI document in ``docs/schema/`` are written from these classes by ``sinks.schema``.

@@ -635,7 +635,7 @@ class House:
                 await self.fanout.publish(event)
         log.info("session goes on", stream=session.stream_id, session=session.id)
         if skipped:
-            first = resume.said[-1].seq + 1 if resume.said else since
+            first = max([since, *(event.seq + 1 for event in resume.said)])
             message = f"goes on after a kill, without numbers {first} to {resume.next_seq - 1}"
             await self._emit(live, partial(session.warned, "session.resumed", message))
         if not live.called:

@@ -309,7 +309,8 @@ class Session:
             How many numbers no event is known to have.
         """
         skipped = seq - self._seq - sum(event.seq >= self._seq for event in said)
-        self._said = Counter(map(_content, said))
+        if skipped:  # otherwise nothing was heard after the save
+            self._said = Counter(map(_content, said))
         self._skipped += skipped
         self._seq = seq
         return skipped
