@@ -5,7 +5,7 @@ captured over a state stays valid for its life. A slot of zeros is a stream that
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +63,20 @@ class Slots:
 
     def save(self, slot: int) -> bytes:
         """One slot → bytes, which `load` restores bit for bit on any device."""
+        return self.freeze(slot)()
+
+    def freeze(self, slot: int) -> Callable[[], bytes]:
+        """A copy of one slot, for `save` while the next step goes on.
+
+        Returns:
+            Makes the bytes of it, on any thread.
+        """
         self._check(slot)
-        return save_tensors(
-            {name: tensor[slot].detach().cpu().contiguous() for name, tensor in self.tensors()}
-        )
+        copied = {
+            name: tensor[slot].detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self.tensors()
+        }
+        return lambda: save_tensors(copied)
 
     def load(self, slot: int, data: bytes) -> None:
         """Restore a slot that `save` wrote, from a state of the same model and window.

@@ -1,8 +1,10 @@
 """The events subscribers receive: one frozen model a type, a union told apart by ``type``.
 
 Times are float seconds on the session's clock, rounded to the microsecond. ``seq`` counts the
-events of a session without a gap, so that a subscriber can tell a loss from silence. Delivery is
-at least once: a subscriber drops what it has seen by ``id``, which is ``session_id:seq``.
+events of a session without a gap, so that a subscriber can tell a loss from silence; only a session
+that outlived a kill of the daemon skips numbers, and says which in a `warning` of the code
+``session.resumed``. Delivery is at least once: a subscriber drops what it has seen by ``id``, which
+is ``session_id:seq``.
 
 A new event is one class, one member of `Event` and one value of `EventType`. The JSON Schema and
 the AsyncAPI document in ``docs/schema/`` are written from these classes by ``sinks.schema``.
@@ -30,7 +32,9 @@ class Envelope(Model, frozen=True):
     v: Literal[1] = SCHEMA_VERSION
     session_id: str
     stream_id: str
-    seq: int = Field(ge=0, description="Gap-free count of this session's events.")
+    seq: int = Field(
+        ge=0, description="Gap-free count of this session's events, but for a stated gap."
+    )
     start: float = Field(ge=0, description="Seconds since the session opened.")
     end: float = Field(ge=0, description="Seconds since the session opened.")
     wall_time: AwareDatetime = Field(description="When the event was emitted (RFC 3339).")

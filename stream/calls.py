@@ -9,7 +9,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -120,7 +120,7 @@ class Call:
         address: Who opened it.
         line: What the session hears.
         ear: Turns the caller's bytes into samples.
-        session_id: Known once `opened` has returned.
+        session_id: Known once the session is open.
         resume_token: Likewise: the secret that lets the caller come back.
         closed: `session.closed` was emitted.
         attached: A connection carries it now.
@@ -194,13 +194,10 @@ class Call:
         """The session's tap."""
         if isinstance(event, SessionOpened):
             self.session_id, self.resume_token = event.session_id, event.resume_token
-            if not self._opened.done():
-                self._opened.set_result(None)
 
-    def resumed(self) -> None:
-        """A session of an earlier process goes on."""
-        if not self._opened.done():
-            self._opened.set_result(None)
+    def begun(self) -> None:
+        """The session is open."""
+        self._opened.set_result(None)
 
     def ended(self, error: Exception | None) -> None:
         """The session is closed, or never opened."""
@@ -255,7 +252,7 @@ class Calls:
         resume: Resumed | None = None,
         resumable: bool = True,
     ) -> Call:
-        """Begin a call; `Call.opened` tells whether it could.
+        """Begin a call → it, once its session is open.
 
         Args:
             prefix: The stream's name; a number is added if there is one of it already.
@@ -266,7 +263,8 @@ class Calls:
             resumable: Whether the caller may come back.
 
         Raises:
-            EngineFull: too many calls.
+            EngineFull: too many calls, or no slot for this one.
+            SourceError: it could not be opened.
             ValueError: the form makes no sense.
         """
         await self._make_room()
@@ -276,9 +274,9 @@ class Calls:
         call = Call(name, line, ear, self._resume_s if resumable else 0.0)
         if resume is not None:
             call.session_id, call.resume_token = resume.session_id, resume.token
-            resume = replace(resume, began=call.resumed)
         self._open[name] = call
         self._group.create_task(self._run(call, tap, resume), name=f"call:{name}")
+        await call.opened()
         return call
 
     def find(self, token: str) -> Call | None:
@@ -309,7 +307,12 @@ class Calls:
         failure: Exception | None = None
         try:
             await self._intake.stream(
-                call.name, call.line, tap=both, resume=resume, returns=call.returns
+                call.name,
+                call.line,
+                tap=both,
+                resume=resume,
+                returns=call.returns,
+                opened=call.begun,
             )
         except (SourceError, EngineFull) as error:
             failure = error

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from math import inf
 from operator import attrgetter
 from time import monotonic, time
 from typing import Final
@@ -36,7 +37,7 @@ from stream.sources.apart import Apart, Multichannel
 from stream.sources.line import Line
 from stream.sources.source import Block, Listener, Resumed, Returns, Source, SourceError
 from stream.supervisor import Supervisor
-from stream.survival import Survival, Survivor
+from stream.survival import AHEAD, Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.tracks.pipeline import NOBODY
 from stream.voiceprints import VoiceprintError, Voiceprints, default_path
@@ -50,6 +51,9 @@ SERVER: Final = "server"
 
 RELOADED: Final = ("tracks", "session", "voiceprints", "log")
 """Keys that a reload takes over: for sessions that open from then on, voices for all of them."""
+
+FIRST_S: Final = 1.0
+"""Age at which a session is saved for the first time: before that it does not outlive a kill."""
 
 _NOTHING: Final = np.zeros(0, np.float32)
 
@@ -121,6 +125,10 @@ async def run(
     their sinks. A second signal gives up on that. A file that is not paced is read no faster than
     the engine computes; a live source loses through its ring, as `gap` events.
 
+    A run that ends by itself did what it was asked for only if every source did: one that failed is
+    an error at the end. A run that is told to stop, as a daemon is, has succeeded when it drained:
+    a source that failed, however long ago, was an event and a line in the log.
+
     Args:
         config: What to run.
         on_event: Called with each event, at once and on the event loop: keep it short.
@@ -138,7 +146,8 @@ async def run(
         LanguageModelError: words cannot be decoded with the language model that is asked for.
         EngineError: a checkpoint or device cannot be used, or slots are fewer than sources.
         SourceError: a source cannot be opened, in which case nothing ran; or one failed later, in
-            which case its session was closed with reason "error" and all else ran to its end.
+            which case its session was closed with reason "error" and all else ran to its end
+            without being told to stop; or one cannot listen.
         VoiceprintError: the enrolled voices named in the configuration cannot be used.
         SinkError: a sink cannot be opened, or finals did not reach it.
     """
@@ -182,7 +191,7 @@ async def run(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast, trouble=house.trouble)
         )
         await house.serve(sources, blocks, listeners, reload)
-    if house.failures:
+    if house.failures and not house.stop.is_set():
         raise SourceError("\n".join(house.failures))
     return house.summary()
 
@@ -200,6 +209,8 @@ class Live:
         emitting: Held from the making of events to their publication: `seq` keeps its order.
         position: See `Block.position`.
         saved: When it was saved last, in monotonic seconds.
+        saving: What makes bytes of that and writes them.
+        over: It has said its last event here.
     """
 
     session: Session
@@ -210,6 +221,8 @@ class Live:
     emitting: asyncio.Lock = field(default_factory=asyncio.Lock)
     position: int = 0
     saved: float = field(default_factory=monotonic)
+    saving: asyncio.Task[None] | None = None
+    over: bool = False
 
 
 @dataclass
@@ -232,6 +245,10 @@ class House:
     feed: Feed = field(default_factory=Feed)
     live: dict[str, Live] = field(default_factory=dict[str, Live])
     """Open sessions by id."""
+    _deaf: set[str] = field(default_factory=set[str])
+    """Listeners that do not listen yet."""
+    _beside_server: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+    """Sources and listeners that are not the server."""
     _failing: dict[str, str] = field(default_factory=dict[str, str])
     """Sinks that fail, and why."""
     _troubles: asyncio.Queue[tuple[str, str | None]] = field(
@@ -268,6 +285,7 @@ class House:
             lambda: self.engine.active,
         )
         began = monotonic()
+        self._deaf = set(listeners)
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(self.batches.serve(), name="batches")
             working = [
@@ -276,7 +294,12 @@ class House:
             ] + [
                 group.create_task(listener.serve(name, self), name=f"listener:{name}")
                 for name, listener in listeners.items()
+                if name != SERVER
             ]
+            self._beside_server = working.copy()
+            if SERVER in listeners:
+                serve = listeners[SERVER].serve(SERVER, self)
+                working.append(group.create_task(serve, name=f"listener:{SERVER}"))
             beside = [
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
@@ -286,7 +309,7 @@ class House:
                 beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
             if reload is not None:
                 beside.append(group.create_task(self._reload(reload), name="reload"))
-            self.supervisor.ready()
+            self._tell_ready()
             try:
                 await asyncio.wait(working)
             finally:
@@ -294,6 +317,20 @@ class House:
                     task.cancel()
                 self.feed.close()
         self.wall_s = monotonic() - began
+
+    def listening(self, name: str) -> None:
+        """See `Intake.listening`."""
+        self._deaf.discard(name)
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        if not self._deaf and not self.stop.is_set():
+            self.supervisor.ready()
+
+    async def drained(self) -> None:
+        """See `Desk.drained`."""
+        if self._beside_server:
+            await asyncio.wait(self._beside_server)
 
     async def _tell_of_the_stop(self) -> None:
         await self.stop.wait()
@@ -344,7 +381,7 @@ class House:
                 log.info("reloaded", changed=[key for key in changed if key in RELOADED])
                 if kept:
                     log.warning("restart the daemon for these", keys=kept)
-            self.supervisor.ready()
+            self._tell_ready()
 
     async def find_survivors(self, stack: AsyncExitStack) -> None:
         """Open the file of open sessions and read them.
@@ -368,13 +405,14 @@ class House:
         tap: OnEvent | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """A listener's caller: see `Intake.stream`."""
         slot = self.engine.acquire()
         try:
             async with source.open() as blocks:
                 await self._session_over(
-                    name, source, blocks, slot, tap, returns=returns, resume=resume
+                    name, source, blocks, slot, tap, returns=returns, resume=resume, opened=opened
                 )
         finally:
             self.engine.release(slot)
@@ -420,6 +458,7 @@ class House:
             await asyncio.to_thread(self._enrol, name, embedding, evidence_s, session_id)
             await self.look_again()
         await self._emit(live, partial(live.session.name_speaker, number, name))
+        live.saved = -inf  # no audio brings a name back: save it soon
 
     async def voices(self) -> list[str]:
         """See `Desk.voices`."""
@@ -494,11 +533,11 @@ class House:
             line = Line(oldest.source)
             line.end()
             try:
-                await self.stream(oldest.stream, line, resume=oldest.resumed(exact=False))
+                await self.stream(oldest.stream, line, resume=oldest.resumed())
             except (SourceError, EngineFull) as error:
                 log.warning("session lost", session=oldest.session_id, error=str(error))
                 if self.survival is not None:
-                    await self.survival.forget(oldest.session_id)
+                    self.survival.forget(oldest.session_id)
 
     async def _hear(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
         """A source of the configuration, already open."""
@@ -513,7 +552,7 @@ class House:
             in_time = self._left_s(survivor) >= 0
             if survivor.stream == name and not survivor.called and in_time:
                 del self.survivors[token]
-                return survivor.resumed(exact=False)
+                return survivor.resumed()
         return None
 
     async def _session_over(
@@ -526,6 +565,7 @@ class House:
         *,
         returns: Returns,
         resume: Resumed | None = None,
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """One session, from its source's first block to `session.closed`.
 
@@ -536,6 +576,7 @@ class House:
             resume = self._survivor_of(name)
         session = self._session(name, source, slot, resume)
         live = Live(session, source.name, called, source.live and returns != "never", tap)
+        live.saved -= max(self.config.session.save_s - FIRST_S, 0)
         self.sessions += 1
         if resume is not None:
             try:
@@ -552,10 +593,14 @@ class House:
             for sink, error in self._failing.items():
                 await self._emit(live, partial(session.warned, "sink.failed", f"{sink}: {error}"))
         self.live[session.id] = live
+        if opened is not None:
+            opened()
         try:
             failure = await self._heard_out(live, blocks)
         finally:
             del self.live[session.id]
+            if live.saving is not None:
+                live.saving.cancel()
         if failure is not None and not called:
             self.failures.append(failure)
 
@@ -571,8 +616,8 @@ class House:
         except ValueError as error:
             raise SourceError(f"session {resume.session_id} cannot go on: {error}") from error
         live.position = resume.taken
-        if resume.next_seq is not None:
-            session.skip_to(resume.next_seq)
+        since = session.seq
+        skipped = session.go_on(resume.next_seq, resume.said)
         saved = datetime.fromtimestamp(resume.saved, UTC).isoformat()
         self.feed.enter(
             Entry(
@@ -584,9 +629,15 @@ class House:
                 next_seq=session.seq,
             )
         )
-        if resume.began is not None:
-            resume.began()
+        for event in resume.said:
+            self.feed.keep(event)
+            if event.is_final and event.seq >= since:  # not every sink may have it
+                await self.fanout.publish(event)
         log.info("session goes on", stream=session.stream_id, session=session.id)
+        if skipped:
+            first = max([since, *(event.seq + 1 for event in resume.said)])
+            message = f"goes on after a kill, without numbers {first} to {resume.next_seq - 1}"
+            await self._emit(live, partial(session.warned, "session.resumed", message))
         if not live.called:
             away = clock.samples(max(time() - resume.saved, 0))
             await self._take_in(live, Block(_NOTHING, monotonic(), away, "unplugged"))
@@ -616,13 +667,16 @@ class House:
             await self._emit(live, lambda: session.failed("internal", "an internal error"))
             reason = "error"
         if reason == "stopped" and self._outlives(live):
-            await self._save(live)
+            await self._save(live, last=True)
             log.info("session kept", stream=session.stream_id, session=session.id)
         else:
             await self._advance(live, session.close())
             await self._emit(live, lambda: session.closed(reason))
+            live.over = True
             if self.survival is not None:
-                await self.survival.forget(session.id)
+                if live.saving is not None:
+                    live.saving.cancel()  # or it would be there again
+                self.survival.forget(session.id)
             log.info("session closed", stream=session.stream_id, session=session.id, reason=reason)
         self.audio_s += clock.seconds(session.received)
         self.lost_s += clock.seconds(session.lost)
@@ -642,32 +696,51 @@ class House:
         live.position = max(live.position, block.position)
         if block.flushed is not None:
             block.flushed()
-        if self._outlives(live) and monotonic() - live.saved >= self.config.session.save_s:
+        due = monotonic() - live.saved >= self.config.session.save_s
+        if due and self._outlives(live) and (live.saving is None or live.saving.done()):
             await self._save(live)
 
     def _outlives(self, live: Live) -> bool:
         return self.survival is not None and live.resumable
 
-    async def _save(self, live: Live) -> None:
+    async def _save(self, live: Live, *, last: bool = False) -> None:
+        """Take the session as it is now, and write it beside what goes on.
+
+        Args:
+            live: Its chunks have all been taken; no save of it is under way, unless it is the last.
+            last: Nothing goes on: wait until it is written.
+        """
         assert self.survival is not None
+        if live.saving is not None:
+            await live.saving
         session = live.session
-        encoder = await self.engine.save(session.slot)
+        encoder = await self.engine.freeze(session.slot)
         async with live.emitting:
-            await self.survival.save(
-                Survivor(
-                    session_id=session.id,
-                    stream=session.stream_id,
-                    token=session.resume_token,
-                    source=live.source,
-                    called=live.called,
-                    taken=live.position,
-                    received=session.received,
-                    saved=time(),
-                    seq=session.seq - 1,
-                    data=session.save(encoder),
-                )
+            live.over = last
+            own = session.freeze()
+            survivor = Survivor(
+                session_id=session.id,
+                stream=session.stream_id,
+                token=session.resume_token,
+                source=live.source,
+                called=live.called,
+                taken=live.position,
+                received=session.received,
+                saved=time(),
+                free=session.seq if last else session.seq + AHEAD,
+                data=b"",
             )
         live.saved = monotonic()
+        live.saving = asyncio.create_task(
+            self._write(self.survival, survivor, lambda: own(encoder())), name=f"save:{session.id}"
+        )
+        if last:
+            await live.saving
+
+    @staticmethod
+    async def _write(survival: Survival, survivor: Survivor, packed: Callable[[], bytes]) -> None:
+        data = await asyncio.to_thread(packed)
+        await survival.save(replace(survivor, data=data))
 
     def _session(self, name: str, source: Source, slot: int, resume: Resumed | None) -> Session:
         engine, settings = self.engine, self.config.session
@@ -715,20 +788,20 @@ class House:
                     self.latency.observe(behind_s * 1000)
 
     async def _emit(self, live: Live, make: Callable[[], Sequence[Event]]) -> Sequence[Event]:
-        """Make events and publish them, one maker of a session at a time."""
+        """Make events and publish them, one maker of a session at a time; none after the last."""
         async with live.emitting:
-            events = make()
+            events = () if live.over else live.session.new(make())
             for event in events:
                 self.events[event.type] += 1
                 if event.type in _TIMED:
                     self.lag.observe(event.lag_ms)
+                line = self.feed.publish(event)
+                if self.survival is not None and live.resumable:
+                    self.survival.note(event.session_id, event.seq, line.data)
                 if self.on_event is not None:
                     self.on_event(event)
-                self.feed.publish(event)
                 if live.tap is not None:
                     live.tap(event)
-                if self.survival is not None:
-                    self.survival.note(event.session_id, event.seq)
                 await self.fanout.publish(event)
         return events
 

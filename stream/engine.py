@@ -264,13 +264,19 @@ class Engine:
         """Whether a speaker head is loaded."""
         return self._pooled is not None
 
-    async def save(self, slot: int) -> bytes:
-        """A slot's state, which `load` restores bit for bit in an engine of the same settings."""
+    async def freeze(self, slot: int) -> Callable[[], bytes]:
+        """A slot's state as it is now.
+
+        Returns:
+            Makes bytes of it, on any thread, which `load` restores bit for bit in an engine of the
+            same settings.
+        """
         origin = _ORIGIN.pack(self._origin[slot])
-        return origin + await self._call(lambda: self._state.save(slot))
+        saved = await self._call(lambda: self._state.freeze(slot))
+        return lambda: origin + saved()
 
     async def load(self, slot: int, data: bytes) -> None:
-        """Restore what `save` gave.
+        """Restore what `freeze` gave.
 
         Raises:
             ValueError: not the bytes of a slot, or of another checkpoint or window.

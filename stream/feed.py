@@ -209,8 +209,18 @@ class Feed:
         """Sessions that are open, and those that were; newest last."""
         return list(self._sessions.values())
 
-    def publish(self, event: Event) -> None:
-        """Give an event to everyone who wants it."""
+    def publish(self, event: Event) -> Line:
+        """Give an event to everyone who wants it → as it is sent."""
+        line = self.keep(event)
+        for reader in list(self._readers):
+            reader.put(line)
+            if reader.evicted:
+                self._readers.discard(reader)
+                self.evicted += 1
+        return line
+
+    def keep(self, event: Event) -> Line:
+        """Keep an event for who asks for what was missed; for one of an earlier process."""
         self._list(event)
         self._number += 1
         line = Line(
@@ -226,17 +236,10 @@ class Feed:
         self._size += len(line.data)
         while self._size > self._history_limit and len(self._history) > 1:
             self._size -= len(self._history.popleft().data)
-        for reader in list(self._readers):
-            reader.put(line)
-            if reader.evicted:
-                self._readers.discard(reader)
-                self.evicted += 1
+        return line
 
     def enter(self, entry: Entry) -> None:
-        """List a session: one that opens, or one of an earlier process that goes on.
-
-        What the latter said before is not here.
-        """
+        """List a session: one that opens, or one of an earlier process that goes on."""
         self._sessions[entry.session] = entry
         while len(self._sessions) > SESSIONS:
             old = next((k for k, e in self._sessions.items() if e.state == "closed"), None)
@@ -287,14 +290,10 @@ class Feed:
         self, wanted: Wanted, cursor: str | None, after: int | None
     ) -> tuple[list[Line], bool]:
         if after is not None and wanted.session is not None:
-            lines = [
-                line
-                for line in self._history
-                if line.session == wanted.session and line.seq > after
-            ]
+            kept = self.lines(wanted.session)
             entry = self._sessions.get(wanted.session)
-            begins = lines[0].seq if lines else entry.next_seq if entry is not None else 0
-            return lines, begins <= after + 1
+            begins = kept[0].seq if kept else entry.next_seq if entry is not None else 0
+            return [line for line in kept if line.seq > after], begins <= after + 1
         if cursor is None:
             return [], True
         epoch, _, number = cursor.partition(".")

@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import ssl
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Final, Protocol, Self, cast
@@ -43,6 +44,10 @@ class Desk(Intake, Protocol):
 
     def give_back(self, survivor: Survivor) -> None:
         """What was claimed cannot go on now; it may be claimed again."""
+        ...
+
+    async def drained(self) -> None:
+        """Wait until every stream that the server did not bring has ended."""
         ...
 
     def status(self) -> "Status":
@@ -204,7 +209,8 @@ class ServerSettings(BaseModel):
             if not self.local and self.tls_cert is None:
                 log.warning("tokens and audio travel unencrypted", host=address, hint="tls_cert")
             # The one who serves a server is the house itself.
-            await web.serve(self, cast("Desk", intake), listening)
+            started = partial(intake.listening, name)
+            await web.serve(self, cast("Desk", intake), listening, started)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """The certificate, loaded; blocks.
@@ -230,6 +236,7 @@ class ServerSettings(BaseModel):
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((self.host, self.port))
+            listening.listen()  # a port that another one listens on may be bound, but no more
         except OSError as error:
             listening.close()
             raise SourceError(

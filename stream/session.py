@@ -46,6 +46,22 @@ _LENGTHS: Final = struct.Struct("<3q")
 """Before a saved session: the lengths of its own state, the tracks' and the encoder's."""
 
 
+_MEASURED: Final = {
+    "seq",
+    "wall_time",
+    "lag_ms",
+    "audio_received_s",
+    "realtime_factor",
+    "queue_depths",
+    "dropped_partials",
+}
+"""Fields that differ when the same audio is heard again."""
+
+
+def _content(event: Event) -> str:
+    return event.model_dump_json(exclude=_MEASURED)
+
+
 class TrackSet(Protocol):
     """What a session asks of its tracks."""
 
@@ -65,8 +81,8 @@ class TrackSet(Protocol):
         """From now on, these enrolled people."""
         ...
 
-    def state(self) -> bytes:
-        """Everything they know."""
+    def freeze(self) -> Callable[[], bytes]:
+        """Everything they know now; what it returns makes bytes of it, on any thread."""
         ...
 
     def restore(self, data: bytes) -> None:
@@ -96,6 +112,7 @@ class SessionState:
     """What a session itself knows; see the attributes of `Session` of the same names."""
 
     seq: int
+    skipped: int
     segments: int
     processed: int
     lost: int
@@ -156,6 +173,8 @@ class Session:
         self._health = health
         self._now = now
         self._seq = 0
+        self._skipped = 0  # numbers below `_seq` that no event has
+        self._said: Counter[str] = Counter()  # bound: what `go_on` is given
         self._segments = 0
         self._stopped: GapReason | None = None  # the source said that its audio has stopped
         # Bound: `feed` returns what it adds, and the caller gives each to the engine in turn.
@@ -227,30 +246,35 @@ class Session:
             self._marks.append((self.received, block.captured))
         return self._counted(events), self._ready(chunks)
 
-    def save(self, encoder: bytes) -> bytes:
-        """Everything it takes to go on later, with ``encoder``, its slot's state.
+    def freeze(self) -> Callable[[bytes], bytes]:
+        """Everything it takes to go on from here. Call it when no chunk is under way.
 
-        Call it when no chunk is under way.
+        Returns:
+            Makes bytes of it and of the state of its encoder slot, on any thread, for `restore`.
         """
         assert not self._inflight, f"saved with {len(self._inflight)} chunks under way"
-        own = pack(
-            SessionState(
-                seq=self._seq,
-                segments=self._segments,
-                processed=self.processed,
-                lost=self.lost,
-                words=self._words,
-                next_heartbeat=self._next_heartbeat,
-                labels=sorted(self._labels),
-                counts=dict(self._counts),
-                chunker=self.chunker.state(),
-            )
+        own = SessionState(
+            seq=self._seq,
+            skipped=self._skipped,
+            segments=self._segments,
+            processed=self.processed,
+            lost=self.lost,
+            words=self._words,
+            next_heartbeat=self._next_heartbeat,
+            labels=sorted(self._labels),
+            counts=dict(self._counts),
+            chunker=self.chunker.state(),
         )
-        tracks = self.tracks.state()
-        return _LENGTHS.pack(len(own), len(tracks), len(encoder)) + own + tracks + encoder
+        tracks = self.tracks.freeze()
+
+        def packed(encoder: bytes) -> bytes:
+            parts = (pack(own), tracks(), encoder)
+            return b"".join((_LENGTHS.pack(*map(len, parts)), *parts))
+
+        return packed
 
     def restore(self, data: bytes) -> bytes:
-        """Go on where the session that was saved as ``data`` was.
+        """Go on where the session that was saved as ``data`` was; see `go_on` for its numbers.
 
         Returns:
             The state of its encoder slot.
@@ -268,6 +292,7 @@ class Session:
         self.chunker.restore(state.chunker)
         self.tracks.restore(data[first:second])
         self._seq, self._segments, self.processed = state.seq, state.segments, state.processed
+        self._skipped = state.skipped
         self.lost, self._words, self._labels = state.lost, state.words, set(state.labels)
         self._next_heartbeat, self._counts = state.next_heartbeat, Counter(state.counts)
         return data[second:]
@@ -277,9 +302,39 @@ class Session:
         """The number the next event will have."""
         return self._seq
 
-    def skip_to(self, seq: int) -> None:
-        """Numbers below ``seq`` were given out before: the next event's is no lower."""
-        self._seq = max(self._seq, seq)
+    def go_on(self, seq: int, said: Sequence[Event]) -> int:
+        """Numbers below ``seq`` may have been given out, as far as is known to ``said``.
+
+        Returns:
+            How many numbers no event is known to have.
+        """
+        skipped = seq - self._seq - sum(event.seq >= self._seq for event in said)
+        if skipped:  # otherwise nothing was heard after the save
+            self._said = Counter(map(_content, said))
+        self._skipped += skipped
+        self._seq = seq
+        return skipped
+
+    def new(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Those of the ``events`` just made that were not said before the process ended.
+
+        The same audio heard again makes the same events again; they have their numbers already,
+        and the others get those that follow.
+        """
+        if not self._said or not events:
+            return events
+        unsaid = [event for event in events if not self._was_said(event)]
+        self._seq = events[0].seq + len(unsaid)
+        return [
+            event.model_copy(update={"seq": seq}) for seq, event in enumerate(unsaid, events[0].seq)
+        ]
+
+    def _was_said(self, event: Event) -> bool:
+        content = _content(event)
+        times = self._said.pop(content, 0)
+        if times > 1:
+            self._said[content] = times - 1
+        return times > 0
 
     @property
     def idle(self) -> bool:
@@ -309,7 +364,7 @@ class Session:
             "turns": float(self._counts["turn.ended"]),
             "words": float(self._words),
             "gaps": float(self._counts["gap"]),
-            "events": float(self._seq + 1),
+            "events": float(self._seq + 1 - self._skipped),
         }
         return [
             SessionClosed(**self.stamp(0, self.received), reason=reason, totals=totals),

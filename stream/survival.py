@@ -1,8 +1,10 @@
 """Open sessions on disk: what a daemon that was stopped, or killed, goes on with.
 
-One SQLite file. A session's state is replaced every few seconds; the number of its latest event is
-noted within milliseconds of giving it out, so that after a kill no number is given out twice. All
-of it is written by a thread of its own, in transactions that gather what has come meanwhile.
+One SQLite file. A session's state is replaced every few seconds, and beside it stand its latest
+events, written within milliseconds of giving them out: what a caller missed, and what is no new
+event when it is made again. No number is ever given to two events: before any is, the file says how
+high they may go. All of it is written by a thread of its own, in transactions that gather what has
+come meanwhile.
 """
 
 import asyncio
@@ -10,21 +12,31 @@ import contextlib
 import queue
 import sqlite3
 import threading
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
+from sinks.events import Event, parse
+from stream.database import Unusable, open_database
 from stream.sources.source import Resumed
-from stream.writing import GATHER_S, gather, make_private
+from stream.writing import gather
 
 log = structlog.get_logger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
+
+AHEAD: Final = 1 << 20
+"""Numbers a process may give out between two saves of a session: days of events."""
+
+KEPT: Final = 500
+"""Events of a session kept for a caller that missed them, besides those since its last save."""
+
+BACKLOG: Final = 50_000
+"""Jobs that may wait while the disk takes none; then no more events are kept."""
 
 _SCHEMA: Final = """
 CREATE TABLE sessions (
@@ -40,13 +52,22 @@ CREATE TABLE sessions (
 ) STRICT;
 CREATE TABLE numbers (
     id TEXT PRIMARY KEY,
-    seq INTEGER NOT NULL
+    free INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE said (
+    id TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    event BLOB NOT NULL,
+    PRIMARY KEY (id, seq)
+) STRICT, WITHOUT ROWID;
 """
+# `numbers` apart: changing a row writes all of it, and a session's holds megabytes.
 
-_NOTE: Final = (
-    "INSERT INTO numbers VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET seq = max(seq, excluded.seq)"
+_TRIM: Final = """
+DELETE FROM said WHERE id = :id AND seq < (
+    SELECT seq FROM said WHERE id = :id ORDER BY seq DESC LIMIT 1 OFFSET :kept
 )
+"""
 
 
 class SurvivalError(Exception):
@@ -67,8 +88,9 @@ class Survivor:
         taken: See `Resumed.taken`.
         received: Samples of its clock when it was saved.
         saved: When that was, in seconds since 1970.
-        seq: The highest number any of its events is known to have.
-        data: See `Session.save`.
+        free: No event of it has this number or a higher one.
+        data: See `Session.freeze`.
+        said: Its latest events.
     """
 
     session_id: str
@@ -79,10 +101,11 @@ class Survivor:
     taken: int
     received: int
     saved: float
-    seq: int
+    free: int
     data: bytes
+    said: tuple[Event, ...] = ()
 
-    def resumed(self, *, exact: bool) -> Resumed:
+    def resumed(self) -> Resumed:
         """The same, for the session that goes on with it."""
         return Resumed(
             self.session_id,
@@ -90,7 +113,8 @@ class Survivor:
             self.token,
             self.source,
             self.taken,
-            None if exact else self.seq + 1,
+            self.free,
+            self.said,
             self.saved,
             self.data,
         )
@@ -101,9 +125,10 @@ class Survival:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Bound: what events and saves bring in the time of one transaction.
+        # Bound: `BACKLOG` events; of a session one save at a time and one end.
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._failed = False
+        self._missing = False  # events were not written: those before them are no use
 
     @classmethod
     @asynccontextmanager
@@ -123,80 +148,63 @@ class Survival:
             survival._jobs.put(None)
             await asyncio.to_thread(writer.join)
 
-    def note(self, session_id: str, seq: int) -> None:
-        """An event with this number was given out; written within `GATHER_S`."""
-        # A table of its own: changing a row writes all of it, and a session's holds megabytes.
-        self._jobs.put(_Job(_NOTE, (session_id, seq)))
+    def note(self, session_id: str, seq: int, event: bytes) -> None:
+        """An event was given out: ``event`` is its JSON."""
+        if self._jobs.qsize() < BACKLOG:
+            values = (session_id, seq, event)
+            self._jobs.put(_Job((("INSERT OR REPLACE INTO said VALUES (?, ?, ?)", values),)))
+        else:
+            self._missing = True
 
     async def save(self, survivor: Survivor) -> None:
-        """Replace what is kept of a session; returns when it is on disk."""
+        """Replace what is kept of a session; returns when that is on disk, or has failed."""
         s = survivor
-        self.note(s.session_id, s.seq)
-        await self._do(
-            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                s.session_id,
-                s.stream,
-                s.token,
-                s.source,
-                int(s.called),
-                s.taken,
-                s.received,
-                s.saved,
-                s.data,
-            ),
-        )
-
-    async def forget(self, session_id: str) -> None:
-        """A session is closed: nothing goes on."""
-        self._jobs.put(_Job("DELETE FROM numbers WHERE id = ?", (session_id,)))
-        await self._do("DELETE FROM sessions WHERE id = ?", (session_id,))
-
-    async def _do(self, statement: str, values: tuple[object, ...]) -> None:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        self._jobs.put(_Job(statement, values, loop, done))
+        row = (s.session_id, s.stream, s.token, s.source, int(s.called))
+        row = (*row, s.taken, s.received, s.saved, s.data)
+        statements = (
+            ("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row),
+            ("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (s.session_id, s.free)),
+            (_TRIM, {"id": s.session_id, "kept": KEPT}),
+        )
+        self._jobs.put(_Job(statements, lambda: loop.call_soon_threadsafe(_settle, done)))
         await done
+
+    def forget(self, session_id: str) -> None:
+        """A session is closed: nothing goes on."""
+        tables = ("sessions", "numbers", "said")
+        self._jobs.put(
+            _Job(tuple((f"DELETE FROM {table} WHERE id = ?", (session_id,)) for table in tables))
+        )
 
     def _prepare(self) -> tuple[sqlite3.Connection, list[Survivor]]:
         try:
-            make_private(self._path)  # it holds voices
-            database = sqlite3.connect(self._path, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise SurvivalError(
-                f"session.state: {self._path}: cannot be opened ({error})"
-            ) from error
+            database = open_database(
+                self._path, "a file of open sessions", version=VERSION, schema=_SCHEMA
+            )
+        except Unusable as error:
+            raise SurvivalError(f"session.state: {error}") from error
         try:
-            database.execute("PRAGMA journal_mode = WAL")
-            # Survives the process, which is the aim; the machine's end may cost the last moments.
+            found = [_survivor(database, *row) for row in database.execute(_SESSIONS)]
+            # No number twice, if the machine ends too.
+            database.execute("PRAGMA synchronous = FULL")
+            with database:
+                # Events of sessions that were never saved; and before a number is given out:
+                database.execute("DELETE FROM said WHERE id NOT IN (SELECT id FROM sessions)")
+                database.execute("UPDATE numbers SET free = free + ?", (AHEAD,))
             database.execute("PRAGMA synchronous = NORMAL")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-            elif version != VERSION:
-                raise SurvivalError(  # noqa: TRY301 - one more answer to "what is this file"
-                    f"session.state: {self._path}: version {version}, expected {VERSION}"
-                )
-            with database:  # numbers of sessions that were never saved
-                database.execute("DELETE FROM numbers WHERE id NOT IN (SELECT id FROM sessions)")
-            rows = database.execute(
-                "SELECT id, stream, token, source, called, taken, received, saved, seq, data "
-                "FROM sessions JOIN numbers USING (id) ORDER BY saved"
-            ).fetchall()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
             database.close()
             raise SurvivalError(
-                f"session.state: {self._path}: expected a file of open sessions ({error})"
+                f"session.state: {self._path}: expected a file of open sessions "
+                f"that can be written ({error})"
             ) from error
-        except SurvivalError:
-            database.close()
-            raise
-        return database, [_survivor(*row) for row in rows]
+        return database, found
 
     def _write(self, database: sqlite3.Connection) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                time.sleep(GATHER_S)  # a thread of ours: more comes meanwhile
                 jobs = [job]
                 ended = gather(self._jobs, jobs)
                 self._commit(database, jobs)
@@ -206,26 +214,35 @@ class Survival:
             database.close()
 
     def _commit(self, database: sqlite3.Connection, jobs: "list[_Job]") -> None:
-        notes: dict[str, _Job] = {str(j.values[0]): j for j in jobs if j.statement is _NOTE}
+        missing, self._missing = self._missing, False
         try:
             with database:
-                for job in (*notes.values(), *(j for j in jobs if j.statement is not _NOTE)):
-                    database.execute(job.statement, job.values)
+                if missing:
+                    database.execute("DELETE FROM said")
+                for statement, values in (each for job in jobs for each in job.statements):
+                    database.execute(statement, values)
         except sqlite3.Error as error:
             # A full disk must not end a conversation: it only cannot be resumed from here.
             if not self._failed:
                 reason = str(error)
                 log.error("open sessions not saved", path=str(self._path), error=reason)  # noqa: TRY400
-            self._failed = True
+            self._failed = self._missing = True
         else:
             self._failed = False
         for job in jobs:
-            if job.loop is not None and job.done is not None:
+            if job.done is not None:
                 with contextlib.suppress(RuntimeError):  # the loop is gone
-                    job.loop.call_soon_threadsafe(_settle, job.done)
+                    job.done()
+
+
+_SESSIONS: Final = """
+SELECT id, stream, token, source, called, taken, received, saved, free, data
+FROM sessions JOIN numbers USING (id) ORDER BY saved
+"""
 
 
 def _survivor(
+    database: sqlite3.Connection,
     session_id: str,
     stream: str,
     token: str,
@@ -234,21 +251,21 @@ def _survivor(
     taken: int,
     received: int,
     saved: float,
-    seq: int,
+    free: int,
     data: bytes,
 ) -> Survivor:
-    """A row of the table."""
+    """A row of `_SESSIONS`, with the events beside it."""
+    rows = database.execute("SELECT event FROM said WHERE id = ? ORDER BY seq", (session_id,))
+    said = tuple(parse(event) for (event,) in rows)
     return Survivor(
-        session_id, stream, token, source, bool(called), taken, received, saved, seq, data
+        session_id, stream, token, source, bool(called), taken, received, saved, free, data, said
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    statement: str
-    values: tuple[object, ...]
-    loop: asyncio.AbstractEventLoop | None = None
-    done: "asyncio.Future[None] | None" = None
+    statements: tuple[tuple[str, Any], ...]
+    done: Callable[[], object] | None = None
 
 
 def _settle(done: "asyncio.Future[None]") -> None:

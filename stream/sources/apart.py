@@ -1,6 +1,7 @@
 """One source whose channels are streams apart, each with a session and speakers of its own."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from stream.engine import EngineFull
@@ -48,15 +49,24 @@ class Apart:
         Raises:
             SourceError: a channel cannot be opened, or failed.
         """
+        closed = self._count
+
+        def opened() -> None:
+            nonlocal closed
+            closed -= 1
+            if not closed:
+                intake.listening(name)
+
         async with asyncio.TaskGroup() as group:
             for index, source in enumerate(self._source.split()):
                 group.create_task(
-                    self._run(stream_name(name, index), source, intake), name=f"channel:{index}"
+                    self._run(stream_name(name, index), source, intake, opened),
+                    name=f"channel:{index}",
                 )
 
     @staticmethod
-    async def _run(name: str, source: Source, intake: Intake) -> None:
+    async def _run(name: str, source: Source, intake: Intake, opened: Callable[[], None]) -> None:
         try:
-            await intake.stream(name, source, returns="name")
+            await intake.stream(name, source, returns="name", opened=opened)
         except EngineFull as error:
             raise SourceError(f"{name}: {error}") from error

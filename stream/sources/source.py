@@ -51,11 +51,11 @@ class Resumed:
         token: The caller's secret.
         source: What the source said it was.
         taken: The caller's own samples that had been heard when it was saved.
-        next_seq: Number of its next event, after the last that was given out. None: the caller
-            sends again what was not saved, and events of that are made again under their numbers.
+        next_seq: Number of its next new event: none of an earlier process has it or a higher one.
+        said: Its last events, as far as they are known, in order. One that is made again, because
+            the caller sends again what was not saved, is no new event.
         saved: When it was saved, in seconds since 1970: a clock that two processes share.
         data: The session as it was saved.
-        began: Called when the session goes on.
     """
 
     session_id: str
@@ -63,10 +63,10 @@ class Resumed:
     token: str
     source: str
     taken: int
-    next_seq: int | None
+    next_seq: int
+    said: tuple[Event, ...]
     saved: float
     data: bytes
-    began: Callable[[], None] | None = None
 
 
 class Source(Protocol):
@@ -104,6 +104,10 @@ class Intake(Protocol):
         """Set when the daemon drains: take nobody new, let who is there finish."""
         ...
 
+    def listening(self, name: str) -> None:
+        """The listener ``name`` takes callers from now on; the daemon is ready once all do."""
+        ...
+
     async def stream(
         self,
         name: str,
@@ -112,6 +116,7 @@ class Intake(Protocol):
         tap: Callable[[Event], None] | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        opened: Callable[[], None] | None = None,
     ) -> None:
         """Run one session over ``source`` until it ends, or the daemon drains.
 
@@ -121,6 +126,7 @@ class Intake(Protocol):
             tap: Called with each event of this session, at once and on the event loop.
             resume: The session to go on with; None begins one.
             returns: How it may go on in another process; what never does is drained at the end.
+            opened: Called when the session is open: begun, or gone on with.
 
         Raises:
             EngineFull: no slot is free; nothing was opened.
@@ -140,6 +146,8 @@ class Listener(Protocol):
 
     async def serve(self, name: str, intake: Intake) -> None:
         """Take callers until the daemon drains; returns when the last has gone.
+
+        Calls `Intake.listening` as soon as one could come.
 
         Args:
             name: Its name in the configuration; streams are named after it.

@@ -58,6 +58,7 @@ class TcpSource(BaseModel):
         async with server:
             port = server.sockets[0].getsockname()[1]
             log.info("listening", source=name, kind="tcp", host=self.host, port=port)
+            intake.listening(name)
             await intake.stop.wait()
             server.close()
             await calls.gone()

@@ -89,6 +89,7 @@ class WyomingSource(BaseModel):
         async with server:
             port = server.sockets[0].getsockname()[1]
             log.info("listening", source=name, kind="wyoming", host=self.host, port=port)
+            intake.listening(name)
             await intake.stop.wait()
             server.close()
             for task, client in list(clients.items()):

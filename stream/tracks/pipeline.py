@@ -1,7 +1,9 @@
 """All tracks of one stream, advanced together frame by frame."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,12 +108,16 @@ class Tracks:
         self._gallery = gallery
         self._voices.look_for(gallery)
 
-    def state(self) -> bytes:
-        """Everything the tracks know, for `restore`."""
-        return pack(self._state)
+    def freeze(self) -> Callable[[], bytes]:
+        """Everything the tracks know now.
+
+        Returns:
+            Makes bytes of it, on any thread, for `restore`.
+        """
+        return partial(pack, deepcopy(self._state))
 
     def restore(self, data: bytes) -> None:
-        """Goes on where the tracks that gave this `state` were.
+        """Goes on where the tracks were that gave this by `freeze`.
 
         Raises:
             ValueError: not such bytes, or of another version.

@@ -48,7 +48,6 @@ class Audio:
         try:
             token = query.get("resume")
             call = await (self._again(token, query) if token else self._begin(query, socket))
-            await call.opened()
             connection = call.take()
         except Hangup as hangup:
             await wire.close(hangup.code, str(hangup))
@@ -72,29 +71,25 @@ class Audio:
 
     async def _again(self, token: str, query: Mapping[str, str]) -> Call:
         """The call of a resume token, of this process or of one before it."""
-        have = query.get("have")
+        have = None if "have" not in query else _count("have", query["have"])
+        shape = form(query)
         call = self._calls.find(token)
-        if call is None:
+        if call is not None:
+            await call.opened()
+        else:
             survivor = self._desk.claim(token)
             if survivor is None:
                 known = "has ended" if self._calls.ended(token) else "is not known"
                 raise Hangup(POLICY, f"the session of this resume token {known}")
             try:
-                exact = have is None or _count("have", have) <= survivor.taken
                 call = await self._calls.open(
-                    survivor.stream,
-                    survivor.source,
-                    form(query),
-                    resume=survivor.resumed(exact=exact),
+                    survivor.stream, survivor.source, shape, resume=survivor.resumed()
                 )
-                await call.opened()
-            except (ValueError, EngineFull):
+            except EngineFull:
                 self._desk.give_back(survivor)
                 raise
-        if call.ear is not None and have is not None and _count("have", have) > call.ear.taken:
-            call.line.lose(call.ear.reconnect(_count("have", have)), "network")
-        elif call.ear is not None:
-            call.ear.reconnect(call.ear.taken)
+        if call.ear is not None:
+            call.line.lose(call.ear.reconnect(max(have or 0, call.ear.taken)), "network")
         return call
 
     async def _carry(

@@ -128,8 +128,6 @@ class _Conversation:
                 tap = partial(self._tell, index)
                 call = await calls.open(self._name, self._source, form, tap=tap, resumable=False)
                 self.calls.append(call)
-            for call in self.calls:
-                await call.opened()
         except (EngineFull, SourceError):
             self.finish()
             raise

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Final, cast
 
 import h11
@@ -69,8 +69,20 @@ def application(settings: ServerSettings, desk: Desk, calls: Calls) -> Starlette
     return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), guard])
 
 
-async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) -> None:
-    """Serve until the daemon stops; the streams of its callers run inside."""
+async def serve(
+    settings: ServerSettings,
+    desk: Desk,
+    listening: socket.socket,
+    started: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until the daemon stops; the streams of its callers run inside.
+
+    Args:
+        settings: How.
+        desk: The house.
+        listening: Where.
+        started: Called once requests are answered.
+    """
     await asyncio.to_thread(settings.ssl_context)  # what is wrong with it is said by us
     async with asyncio.TaskGroup() as group:
         calls = Calls(
@@ -106,17 +118,27 @@ async def serve(settings: ServerSettings, desk: Desk, listening: socket.socket) 
             ssl_keyfile=settings.tls_key,
         )
         await asyncio.to_thread(config.load)
-        server = Server(config)
+        server = Server(config, started)
         serving = group.create_task(server.serve([listening]), name="server")
         await desk.stop.wait()
         await calls.over()  # their sessions end by themselves, and tell their clients
+        await desk.drained()  # subscribers read the last event of the others too
         desk.feed.close()  # so that its readers end, and uvicorn has not to cancel them
         server.should_exit = True
         await serving
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which leaves the signals to the daemon."""
+    """uvicorn's, which leaves the signals to the daemon, and says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """What uvicorn does, and then."""
+        await super().startup(sockets)
+        self._tell_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:

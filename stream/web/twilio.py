@@ -58,7 +58,6 @@ class Twilio:
                     resumable=False,
                 )
                 tracks[name] = _Track(call)
-                await call.opened()
             await self._hear(wire, tracks)
             for track in tracks.values():
                 track.call.finish()

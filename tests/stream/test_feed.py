@@ -46,6 +46,21 @@ class TestFeed:
         assert again.complete
         assert [line.seq for line in await read(again)] == list(range(200))
 
+    async def test_events_of_an_earlier_process_are_for_who_missed_them(self):
+        feed, talk = Feed(), Talk()
+        early = feed.subscribe(Wanted())
+        for _ in range(3):
+            feed.keep(talk.warning())
+        feed.publish(talk.warning().model_copy(update={"seq": 1000}))
+        late = feed.subscribe(Wanted(session="s1"), after=2)
+        later = feed.subscribe(Wanted(session="s1"), after=0)
+        feed.close()
+        assert [line.seq for line in await read(early)] == [1000]
+        assert [line.seq for line in await read(late)] == [1000]
+        assert [line.seq for line in await read(later)] == [1, 2, 1000]
+        assert late.complete
+        assert later.complete
+
     async def test_who_is_evicted_amid_the_past_reads_no_more_of_it(self):
         feed, talk = Feed(queue=20_000), Talk()
         for _ in range(100):

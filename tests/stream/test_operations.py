@@ -2,15 +2,19 @@
 
 import asyncio
 import os
+import pkgutil
 import signal
 import socket
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 
 from stream.config import load
 from stream.daemon import run
 from stream.doctor import examine
+from stream.sources.source import SourceError
 from stream.supervisor import Supervisor
 from tests.stream.conftest import speechlike
 from tests.stream.house import House, free_port, pcm, serving, until
@@ -46,6 +50,55 @@ class TestSystemd:
             house.stop.set()
             await asyncio.sleep(0.05)
         assert told(systemd) == ["STOPPING=1"]
+
+    @pytest.mark.parametrize(
+        ("keys", "opening"),
+        [
+            ({"sources": {"door": {"kind": "tcp", "port": 0}}}, "asyncio.start_server"),
+            ({"sources": {"door": {"kind": "wyoming", "port": 0}}}, "asyncio.start_server"),
+            (None, "stream.daemon.House.stream"),
+            ({"server": {"port": 0}}, "uvicorn.Server.startup"),
+        ],
+    )
+    async def test_ready_comes_when_every_listener_listens(
+        self, checkpoint, systemd, monkeypatch, tmp_path, keys, opening
+    ):
+        path = tmp_path / "two.wav"
+        await asyncio.to_thread(soundfile.write, path, np.zeros((8000, 2)), 16_000)
+        apart = {"sources": {"door": {"kind": "file", "path": path, "apart": 2, "realtime": True}}}
+        keys = apart if keys is None else keys
+        reached, may = asyncio.Event(), asyncio.Event()
+        open_it = pkgutil.resolve_name(opening)
+
+        async def held(*args, **given):
+            reached.set()
+            await may.wait()
+            return await open_it(*args, **given)
+
+        monkeypatch.setattr(opening, held)
+        stop = asyncio.Event()
+        settings = config(checkpoint, keys.get("sources", {}), server=keys.get("server"))
+        running = asyncio.create_task(run(settings, stop=stop, fail_fast=False))
+        await reached.wait()
+        assert told(systemd) == []
+        may.set()
+        await until(lambda: "READY=1" in told(systemd))
+        stop.set()
+        await running
+
+    @pytest.mark.parametrize("kind", ["tcp", "wyoming", "server"])
+    async def test_who_cannot_listen_ends_the_daemon_unready(self, checkpoint, systemd, kind):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            door = {"sources": {"door": {"kind": kind, "port": port}}}
+            keys = {"sources": {}, "server": {"port": port}} if kind == "server" else door
+            with pytest.RaisesGroup(
+                pytest.RaisesExc(
+                    SourceError, match=rf"^{kind} 127\.0\.0\.1:{port}: cannot listen \(.* in use\)"
+                )
+            ):
+                await run(config(checkpoint, **keys), fail_fast=False)
+        assert "READY=1" not in told(systemd)
 
     async def test_the_watchdog_is_fed_from_the_inference_thread_alone(
         self, checkpoint, systemd, monkeypatch
@@ -185,6 +238,19 @@ class TestDoctor:
             "voiceprints",
         }
         assert all(finding.fix for finding in bad.values())
+
+
+async def test_a_daemon_that_drained_has_succeeded_whatever_failed_before(checkpoint, tmp_path):
+    path = tmp_path / "cut.flac"
+    await asyncio.to_thread(soundfile.write, path, speechlike(160_000), 16_000)
+    await asyncio.to_thread(os.truncate, path, path.stat().st_size // 2)
+    sources = {"cut": {"kind": "file", "path": path}}
+    async with serving(checkpoint, sources=sources, **QUIET) as house:
+        await until(lambda: bool(house.events) and house.events[-1].type == "session.closed")
+        assert house.events[-1].reason == "error"
+        os.kill(os.getpid(), signal.SIGTERM)
+        await house.stop.wait()
+    # Leaving it raised nothing: the exit code is 0.
 
 
 async def test_trouble_with_a_sink_is_told_to_those_who_read_another(checkpoint, tmp_path):

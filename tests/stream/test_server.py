@@ -14,6 +14,7 @@ import websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sinks.events import parse
+from stream.batcher import Batches
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
 from stream.feed import Feed
@@ -205,6 +206,9 @@ class Desk:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     resume_s: float = 0.0
 
+    async def drained(self):
+        """No other streams."""
+
     @asynccontextmanager
     async def serving(self):
         settings = ServerSettings(port=free_port())
@@ -278,6 +282,32 @@ class TestFeed:
             async with http.stream("GET", "/v1/events?cursor=0") as answer:
                 ids = [line[4:] async for line in _first(answer, "id: ", 2)]
         assert [each.partition(".")[2] for each in ids] == ["0", "1"]
+
+    async def test_its_readers_get_the_last_event_of_a_source_that_drains_slowly(
+        self, checkpoint, audio, monkeypatch
+    ):
+        may, step = asyncio.Event(), Batches.step
+
+        async def held(batches, ready):
+            if house.stop.is_set():
+                await may.wait()
+            return await step(batches, ready)
+
+        monkeypatch.setattr(Batches, "step", held)
+        sources = {"a": {"kind": "file", "path": audio, "realtime": True}}
+        async with serving(checkpoint, sources=sources, **QUIET) as house, house.http() as http:
+            async with (
+                house.connect("/v1/events") as socket,
+                http.stream("GET", "/v1/events") as sse,
+            ):
+                await until(lambda: bool(house.events) and house.events[-1].end > 0.4)
+                house.stop.set()
+                await asyncio.sleep(0.1)  # time enough to end before the source has
+                may.set()
+                told = [json.loads(message) async for message in socket]
+                last = [line async for line in sse.aiter_lines() if line.startswith("event: ")][-1]
+        assert told[-1]["type"] == house.events[-1].type == "session.closed"
+        assert last == "event: session.closed"
 
     async def test_its_readers_end_when_the_server_does(self, caplog):
         desk = Desk()

@@ -189,6 +189,20 @@ def test_a_heartbeat_comes_every_so_much_audio(session):
     assert beats[0].dropped_partials == 2
 
 
+def test_what_was_said_before_a_kill_is_no_new_event(session):
+    first, second, third = (session.warned("c", text)[0] for text in ("a", "b", "c"))
+    assert session.go_on(100, [first, second, second]) == 97  # 3 to 99: nobody has them
+    made = [session.warned("c", text)[0] for text in "axbcby"]
+    told = session.new(made)
+    assert [(e.seq, e.message) for e in told] == [(100, "x"), (101, "c"), (102, "y")]
+    again = session.new([session.warned("c", "a")[0]])
+    assert [(e.seq, e.message) for e in again] == [(103, "a")]  # it was said once before
+    assert third.seq == 2
+    (last,) = session.closed("ended")
+    assert last.seq == 104
+    assert last.totals["events"] == 3 + 5
+
+
 def test_a_session_without_audio_opens_and_closes(session):
     events = whole_life(session, [])
     assert [e.type for e in events] == ["session.opened", "session.closed"]

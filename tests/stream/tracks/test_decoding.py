@@ -108,10 +108,10 @@ def run(scores, language, config=SETTINGS, *, cuts=(), saved=(), talks=()):
     tracks, events = build(), []
     for index, piece in enumerate(split(frames, cuts)):
         if index in saved:
-            data = tracks.state()
+            data = tracks.freeze()()
             tracks = build()
             tracks.restore(data)
-            assert tracks.state() == data
+            assert tracks.freeze()() == data
         events += tracks.step(piece)
     return events + tracks.flush(frames.end)
 
@@ -315,7 +315,7 @@ def test_a_stream_does_not_grow(language):
         table = rng.dirichlet(np.full(len(TOKENS), 0.1), 50)
         scores = np.log(table + 1e-6).astype(np.float32)
         tracks.step(Frames(second * 16000, ctc=scores))
-        sizes.append(len(tracks.state()))
+        sizes.append(len(tracks.freeze()()))
         assert len(tracks._state.words.beam.hypotheses) <= SETTINGS.words.beam_width
     assert max(sizes) < 2 * max(sizes[:20])
     assert max(sizes) < 200_000
@@ -359,7 +359,7 @@ def test_the_other_decoder_goes_on_from_a_saved_state(language):
         first, second = split(Frames(0, ctc=scores), [18])
         tracks.step(first)
         resumed = Tracks(SETTINGS, vocabulary=VOCABULARY, language=other, stamp=Stamper())
-        resumed.restore(tracks.state())
+        resumed.restore(tracks.freeze()())
         events = resumed.step(second) + resumed.flush(second.end)
         assert said(events).endswith("sat on")
 

@@ -50,10 +50,10 @@ def run(cuts=(), saved=()):
     tracks, events = build(), []
     for index, piece in enumerate(split(frames, cuts)):
         if index in saved:
-            data = tracks.state()
+            data = tracks.freeze()()
             tracks = build()
             tracks.restore(data)
-            assert tracks.state() == data
+            assert tracks.freeze()() == data
         events += tracks.step(piece)
     return events + tracks.flush(frames.end)
 
