@@ -30,6 +30,7 @@ from stream.enrolment import LEAST_S
 from stream.fanout import Fanout
 from stream.feed import Entry, Feed
 from stream.metrics import Histogram
+from stream.pulse import Pulse, give_back
 from stream.server import Status
 from stream.session import Health, Session, Stamp
 from stream.sources.apart import Apart, Multichannel
@@ -147,6 +148,7 @@ async def run(
     async with AsyncExitStack() as stack:
         # First, so that it outlives the sinks' drain.
         stack.enter_context(_signals(house.stop, house.reloaded if reload else None))
+        stack.enter_context(house.pulse.counting())
         # What can fail on the user's mistake comes before anything is written.
         listeners: dict[str, Listener] = {
             n: s for n, s in config.sources.items() if isinstance(s, Listener)
@@ -227,6 +229,7 @@ class House:
     batches: Batches = field(init=False)
     survival: Survival | None = field(init=False, default=None)
     supervisor: Supervisor = field(default_factory=Supervisor)
+    pulse: Pulse = field(default_factory=Pulse)
     reloaded: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the configuration is to be read again."""
     feed: Feed = field(default_factory=Feed)
@@ -240,6 +243,8 @@ class House:
     survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
     """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
+    _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One session is saved at a time: each is megabytes, in several copies until it is written."""
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
     audio_s: float = 0.0
@@ -281,6 +286,8 @@ class House:
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
                 group.create_task(self._tell_of_trouble(), name="trouble"),
+                group.create_task(self.pulse.beat(), name="pulse"),
+                group.create_task(give_back(), name="memory"),
             ]
             if self.survival is not None:
                 beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
@@ -404,6 +411,10 @@ class House:
             readers=len(self.feed),
             evicted=self.feed.evicted,
             stopping=self.stop.is_set(),
+            loop_p99_ms=self.pulse.lateness_ms.quantile(0.99),
+            tasks=len(asyncio.all_tasks()),
+            faults=self.pulse.faults,
+            history_bytes=self.feed.kept,
         )
 
     async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
@@ -651,22 +662,23 @@ class House:
     async def _save(self, live: Live) -> None:
         assert self.survival is not None
         session = live.session
-        encoder = await self.engine.save(session.slot)
-        async with live.emitting:
-            await self.survival.save(
-                Survivor(
-                    session_id=session.id,
-                    stream=session.stream_id,
-                    token=session.resume_token,
-                    source=live.source,
-                    called=live.called,
-                    taken=live.position,
-                    received=session.received,
-                    saved=time(),
-                    seq=session.seq - 1,
-                    data=session.save(encoder),
+        async with self._saving:
+            encoder = await self.engine.save(session.slot)
+            async with live.emitting:
+                await self.survival.save(
+                    Survivor(
+                        session_id=session.id,
+                        stream=session.stream_id,
+                        token=session.resume_token,
+                        source=live.source,
+                        called=live.called,
+                        taken=live.position,
+                        received=session.received,
+                        saved=time(),
+                        seq=session.seq - 1,
+                        data=session.save(encoder),
+                    )
                 )
-            )
         live.saved = monotonic()
 
     def _session(self, name: str, source: Source, slot: int, resume: Resumed | None) -> Session:
