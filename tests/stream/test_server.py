@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import websockets
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Opcode
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
@@ -98,6 +99,25 @@ class TestAudio:
                 except TimeoutError:
                     pass
                 socket.transport.abort()
+
+    async def test_who_sends_audio_is_there_though_its_pong_waits_behind_it(
+        self, checkpoint, speech, monkeypatch
+    ):
+        monkeypatch.setattr("stream.web.server.PING_S", 0.1)
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/audio") as socket:
+                send = socket.protocol.send_frame
+                socket.protocol.send_frame = lambda frame: (
+                    None if frame.opcode is Opcode.PONG else send(frame)
+                )
+                for at in range(0, 16_000, 1_000):
+                    await socket.send(pcm(speech[at : at + 1_000]))
+                    await asyncio.sleep(0.04)
+                assert socket.close_code is None
+                with suppress(ConnectionClosed):
+                    async for _ in socket:
+                        pass
+                assert (socket.close_code, socket.close_reason) == (1011, "keepalive ping timeout")
 
     async def test_what_the_caller_cannot_send_again_is_a_gap(self, checkpoint, speech):
         async with serving(checkpoint, **QUIET) as house:
