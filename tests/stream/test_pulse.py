@@ -29,8 +29,9 @@ class TestLoop:
         pulse = Pulse()
         beating = asyncio.create_task(pulse.beat())
         await until(lambda: pulse.lateness_ms.count > 3)
+        before = pulse.lateness_ms.count
         time.sleep(0.2)  # noqa: ASYNC251 - that is what is measured
-        await until(lambda: pulse.lateness_ms.count > 5)
+        await until(lambda: pulse.lateness_ms.count > before)
         beating.cancel()
         assert pulse.lateness_ms.quantile(1.0) > 150
 
@@ -109,7 +110,9 @@ libc.fflush(None)
             samples = speechlike(engine.chunk_samples)
             slots = [engine.acquire() for _ in range(64)]
             for at in range(0, 64, 16):
-                await engine.run([Ready(s, 0, samples, len(samples), True) for s in slots[at:][:16]])
+                await engine.run(
+                    [Ready(s, 0, samples, len(samples), True) for s in slots[at:][:16]]
+                )
             assert await asyncio.to_thread(resident) - before < 16 * MIB
 
     async def test_sessions_are_saved_one_at_a_time(self, checkpoint, tmp_path, monkeypatch):
