@@ -121,9 +121,9 @@ class Daemon:
         return self.said.count("Traceback (most recent call last)")
 
     async def watch(self) -> None:
-        """Note its memory once a second, until cancelled."""
+        """Note its memory once a second, until it ends."""
         began = monotonic()
-        while True:
+        while self._process is not None:
             self.resident.append((monotonic() - began, resident_mib(self.pid)))
             await asyncio.sleep(1.0)
 

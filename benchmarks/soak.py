@@ -83,6 +83,11 @@ def pcm(samples: np.ndarray) -> bytes:
     return (samples * 32767).astype("<i2").tobytes()
 
 
+def connect(url: str) -> Any:
+    """A WebSocket that waits for a daemon that does not keep up: it slows its callers down."""
+    return websockets.connect(url, max_size=None, ping_interval=None)
+
+
 class Senders:
     """Live streams of one recording, each beginning elsewhere in it.
 
@@ -115,7 +120,7 @@ class Senders:
     async def websocket(self, name: str, offset_s: float = 0.0) -> None:
         """Our own protocol."""
         url = self.url(f"/v1/audio?name={name}&partials=false")
-        async with websockets.connect(url) as ws:
+        async with connect(url) as ws:
             reading = asyncio.create_task(self.drain(ws))
             async for block in self.paced(name, offset_s=offset_s):
                 await ws.send(pcm(block))
@@ -125,7 +130,7 @@ class Senders:
     async def deepgram(self) -> None:
         """Deepgram's."""
         query = "encoding=linear16&sample_rate=16000&interim_results=true&diarize=true"
-        async with websockets.connect(self.url(f"/v1/listen?{query}")) as ws:
+        async with connect(self.url(f"/v1/listen?{query}")) as ws:
             reading = asyncio.create_task(self.drain(ws))
             async for block in self.paced("listen", offset_s=30.0):
                 await ws.send(pcm(block))
@@ -134,7 +139,7 @@ class Senders:
 
     async def twilio(self) -> None:
         """Twilio's: 8 kHz μ-law in JSON."""
-        async with websockets.connect(self.url("/v1/twilio")) as ws:
+        async with connect(self.url("/v1/twilio")) as ws:
             start = {"callSid": "soak", "tracks": ["inbound"]}
             await ws.send(json.dumps({"event": "start", "start": start}))
             count = 0
@@ -279,7 +284,7 @@ class Subscriber:
 
     async def run(self) -> None:
         """Until the daemon ends."""
-        async with websockets.connect(f"{self.url}?cursor=0", max_size=None) as ws:
+        async with connect(f"{self.url}?cursor=0") as ws:
             async for message in ws:
                 told = json.loads(message)
                 if "event" not in told:
