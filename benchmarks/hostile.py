@@ -36,7 +36,8 @@ AT_ONCE = 8
 async def good_client(port: int, stop: asyncio.Event, lags: list[tuple[float, float]]) -> None:
     """Streams in real time; notes when each event came and how late it was."""
     samples, _ = soundfile.read(ROOT / "stream/demo/meeting.flac", dtype="int16")
-    async with websockets.connect(f"ws://127.0.0.1:{port}/v1/audio?name=good") as ws:
+    url = f"ws://127.0.0.1:{port}/v1/audio?name=good"
+    async with websockets.connect(url, ping_interval=None) as ws:
 
         async def read() -> None:
             async for message in ws:

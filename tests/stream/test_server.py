@@ -10,15 +10,15 @@ import httpx
 import numpy as np
 import pytest
 import websockets
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.frames import Opcode
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
 from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
-from stream.web.server import serve
+from stream.web.server import Patient, serve
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, free_port, pcm, serving, talk, until
@@ -99,25 +99,6 @@ class TestAudio:
                 except TimeoutError:
                     pass
                 socket.transport.abort()
-
-    async def test_who_sends_audio_is_there_though_its_pong_waits_behind_it(
-        self, checkpoint, speech, monkeypatch
-    ):
-        monkeypatch.setattr("stream.web.server.PING_S", 0.1)
-        async with serving(checkpoint, **QUIET) as house:
-            async with house.connect("/v1/audio") as socket:
-                send = socket.protocol.send_frame
-                socket.protocol.send_frame = lambda frame: (
-                    None if frame.opcode is Opcode.PONG else send(frame)
-                )
-                for at in range(0, 16_000, 1_000):
-                    await socket.send(pcm(speech[at : at + 1_000]))
-                    await asyncio.sleep(0.04)
-                assert socket.close_code is None
-                with suppress(ConnectionClosed):
-                    async for _ in socket:
-                        pass
-                assert (socket.close_code, socket.close_reason) == (1011, "keepalive ping timeout")
 
     async def test_what_the_caller_cannot_send_again_is_a_gap(self, checkpoint, speech):
         async with serving(checkpoint, **QUIET) as house:
@@ -359,6 +340,42 @@ class TestFeed:
         assert (got["doc"].status_code, missing.status_code) == (404, 404)
         assert listed["state"] == "closed"
         assert set(listed["speakers"]) == {e["speaker"]["label"] for e in turns}
+
+
+class TestPatience:
+    """A pong comes behind the audio that was sent before it."""
+
+    @pytest.mark.parametrize(
+        ("came", "paused", "cut"),
+        [(79.0, False, True), (81.0, False, False), (0.0, True, False)],
+    )
+    def test_who_is_silent_is_cut_off_and_nobody_else(self, monkeypatch, came, paused, cut):
+        told, later = [], []
+        monkeypatch.setattr(
+            WebSocketsSansIOProtocol, "keepalive_timeout", lambda _: told.append("cut")
+        )
+
+        class Loop:
+            time = staticmethod(lambda: 100.0)
+            call_later = staticmethod(lambda delay, call: later.append((delay, call)))
+
+        wire = Patient.__new__(Patient)
+        wire.loop, wire.ping_timeout, wire.read_paused, wire._came = Loop(), 20.0, paused, came
+        wire.keepalive_timeout()
+        assert told == ["cut"] * cut
+        assert later == ([] if cut else [(20.0, wire.keepalive_timeout)])
+
+    async def test_every_websocket_has_it(self, checkpoint, monkeypatch):
+        heard: list[bytes] = []
+        received = Patient.data_received
+        monkeypatch.setattr(
+            Patient, "data_received", lambda wire, data: heard.append(data) or received(wire, data)
+        )
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/events") as socket:
+                await socket.recv()
+                await (await socket.ping())
+        assert heard
 
 
 class TestPeople:
