@@ -204,9 +204,11 @@ def run(
 
     from stream.config import load
     from stream.daemon import run as serve
+    from stream.pulse import few_arenas
     from stream.sources.source import Listener
 
     settings = load(config)
+    few_arenas()
     # A daemon outlasts its brokers: what waits for one is kept and told, no reason to end.
     lasting = settings.server is not None or any(
         isinstance(source, Listener) or source.live for source in settings.sources.values()

@@ -31,6 +31,7 @@ from stream.enrolment import LEAST_S
 from stream.fanout import Fanout
 from stream.feed import Entry, Feed
 from stream.metrics import Histogram
+from stream.pulse import Pulse, give_back
 from stream.server import Status
 from stream.session import Health, Session, Stamp
 from stream.sources.apart import Apart, Multichannel
@@ -156,6 +157,7 @@ async def run(
     async with AsyncExitStack() as stack:
         # First, so that it outlives the sinks' drain.
         stack.enter_context(_signals(house.stop, house.reloaded if reload else None))
+        stack.enter_context(house.pulse.counting())
         # What can fail on the user's mistake comes before anything is written.
         listeners: dict[str, Listener] = {
             n: s for n, s in config.sources.items() if isinstance(s, Listener)
@@ -240,6 +242,7 @@ class House:
     batches: Batches = field(init=False)
     survival: Survival | None = field(init=False, default=None)
     supervisor: Supervisor = field(default_factory=Supervisor)
+    pulse: Pulse = field(default_factory=Pulse)
     reloaded: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the configuration is to be read again."""
     feed: Feed = field(default_factory=Feed)
@@ -257,6 +260,8 @@ class House:
     survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
     """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
+    _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One session is saved at a time: each is megabytes, in several copies until it is written."""
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
     audio_s: float = 0.0
@@ -304,6 +309,8 @@ class House:
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
                 group.create_task(self._tell_of_trouble(), name="trouble"),
+                group.create_task(self.pulse.beat(), name="pulse"),
+                group.create_task(give_back(), name="memory"),
             ]
             if self.survival is not None:
                 beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
@@ -442,6 +449,10 @@ class House:
             readers=len(self.feed),
             evicted=self.feed.evicted,
             stopping=self.stop.is_set(),
+            loop_p99_ms=self.pulse.lateness_ms.quantile(0.99),
+            tasks=len(asyncio.all_tasks()),
+            faults=self.pulse.faults,
+            history_bytes=self.feed.kept,
         )
 
     async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
@@ -627,6 +638,7 @@ class House:
                 saved,
                 audio_s=clock.seconds(session.received),
                 next_seq=session.seq,
+                gone=(resume.said[0].seq if resume.said else session.seq) - 1,
             )
         )
         for event in resume.said:
@@ -713,27 +725,35 @@ class House:
         assert self.survival is not None
         if live.saving is not None:
             await live.saving
+        if self._saving.locked() and not last:
+            return  # soon again: audio waits for nobody's disk
         session = live.session
-        encoder = await self.engine.freeze(session.slot)
-        async with live.emitting:
-            live.over = last
-            own = session.freeze()
-            survivor = Survivor(
-                session_id=session.id,
-                stream=session.stream_id,
-                token=session.resume_token,
-                source=live.source,
-                called=live.called,
-                taken=live.position,
-                received=session.received,
-                saved=time(),
-                free=session.seq if last else session.seq + AHEAD,
-                data=b"",
-            )
+        await self._saving.acquire()
+        try:
+            encoder = await self.engine.freeze(session.slot)
+            async with live.emitting:
+                live.over = last
+                own = session.freeze()
+                survivor = Survivor(
+                    session_id=session.id,
+                    stream=session.stream_id,
+                    token=session.resume_token,
+                    source=live.source,
+                    called=live.called,
+                    taken=live.position,
+                    received=session.received,
+                    saved=time(),
+                    free=session.seq if last else session.seq + AHEAD,
+                    data=b"",
+                )
+        except BaseException:
+            self._saving.release()
+            raise
         live.saved = monotonic()
         live.saving = asyncio.create_task(
             self._write(self.survival, survivor, lambda: own(encoder())), name=f"save:{session.id}"
         )
+        live.saving.add_done_callback(lambda _: self._saving.release())
         if last:
             await live.saving
 

@@ -351,14 +351,18 @@ class Engine:
         )
 
     def _warm_up(self) -> None:
-        """Two steps of silence: allocators and kernels are ready before the first stream."""
+        """Steps of silence: allocators and kernels are ready before the first stream.
+
+        The largest batch and every slot are among them. A machine with too little memory shows it
+        now and not when the last caller comes, and later streams make the process no larger.
+        """
         import torch
 
-        slot = torch.zeros(1, dtype=torch.int64)
-        silence = torch.zeros(1, self.chunk_samples)
-        for _ in range(2):
-            self._model.step(silence, self._state, slot)
-        self._state.reset(slot)
+        for streams in (1, 1, min(self.slots, self.settings.max_batch)):
+            silence = torch.zeros(streams, self.chunk_samples)
+            self._model.step(silence, self._state, torch.arange(streams))
+        # Zeros that were never written are no memory yet.
+        self._state.reset(torch.arange(self.slots, device=self._device))
 
     def _step(self, batch: Sequence[Ready]) -> list[Frames]:
         import torch

@@ -10,12 +10,17 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import merge
+from operator import attrgetter
 from typing import Final, Literal
 
 from sinks.events import Event, SessionClosed, SessionOpened, dump
 
-HISTORY_BYTES: Final = 16 << 20
-"""Lines kept for who comes late; the oldest go."""
+FINALS_BYTES: Final = 4 << 20
+"""Finals kept for who comes late; the oldest go. Hours of one stream, a quarter of one of eight."""
+
+PARTIALS_BYTES: Final = 1 << 20
+"""Partials kept likewise, which later ones may replace: a minute of eight streams."""
 
 QUEUE_BYTES: Final = 1 << 20
 """Lines that may wait for one reader (reliability bar, row 9)."""
@@ -87,6 +92,7 @@ class Entry:
         speakers: Labels seen.
         names: Identities by label.
         next_seq: The number its next event will have.
+        gone: The number of the latest final of it that is not kept; -1: all are.
     """
 
     session: str
@@ -98,6 +104,46 @@ class Entry:
     speakers: list[str] = field(default_factory=list[str])
     names: dict[str, str] = field(default_factory=dict[str, str])
     next_seq: int = 0
+    gone: int = -1
+
+
+class History:
+    """The latest lines, finals for longer than partials.
+
+    Args:
+        finals: Bytes of finals.
+        partials: Bytes of partials.
+
+    Attributes:
+        gone: Number of the latest final that is not kept.
+        size: Bytes kept.
+    """
+
+    def __init__(self, finals: int, partials: int) -> None:
+        self.gone = 0
+        self.size = 0
+        self._limits = {True: finals, False: partials}
+        self._lines: dict[bool, deque[Line]] = {True: deque(), False: deque()}
+        self._sizes = {True: 0, False: 0}  # in bytes, bounded by `_limits`
+
+    def add(self, line: Line) -> list[Line]:
+        """Keep a line → the finals that are kept no longer."""
+        lines, limit, dropped = self._lines[line.final], self._limits[line.final], list[Line]()
+        lines.append(line)
+        self._sizes[line.final] += len(line.data)
+        while self._sizes[line.final] > limit and len(lines) > 1:
+            dropped.append(lines.popleft())
+            self._sizes[line.final] -= len(dropped[-1].data)
+        self.size = sum(self._sizes.values())
+        if not line.final or not dropped:
+            return []
+        self.gone = dropped[-1].number
+        return dropped
+
+    def lines(self, wanted: Callable[[Line], bool]) -> list[Line]:
+        """Those that are wanted, oldest first."""
+        both = (filter(wanted, self._lines[final]) for final in (True, False))
+        return list(merge(*both, key=attrgetter("number")))
 
 
 class Subscription:
@@ -105,7 +151,7 @@ class Subscription:
 
     Attributes:
         begin: Just before the first line it reads: where it is before it has read one.
-        complete: Whether everything since the asked-for position was still there.
+        complete: Whether every final since the asked-for position was still there.
         dropped: Partials this reader was too slow for.
         evicted: Too much waited for it: it must come back and resume.
     """
@@ -183,18 +229,23 @@ class Feed:
     """Everything the house emits, for any number of readers.
 
     Args:
-        history: Bytes of lines kept.
+        history: Bytes of finals kept.
+        partials: Bytes of partials kept.
         queue: Bytes that may wait for one reader.
     """
 
-    def __init__(self, history: int = HISTORY_BYTES, queue: int = QUEUE_BYTES) -> None:
+    def __init__(
+        self,
+        history: int = FINALS_BYTES,
+        partials: int = PARTIALS_BYTES,
+        queue: int = QUEUE_BYTES,
+    ) -> None:
         self.epoch = secrets.token_hex(4)
         """Numbers count within it: a cursor of another process is older than everything here."""
         self.evicted = 0
         """Readers that were evicted so far."""
-        self._history_limit, self._queue_limit = history, queue
-        self._history: deque[Line] = deque()  # bounded by `history`, in bytes
-        self._size = 0
+        self._queue_limit = queue
+        self._history = History(history, partials)
         self._number = 0
         self._readers: set[Subscription] = set()
         self._sessions: OrderedDict[str, Entry] = OrderedDict()
@@ -203,6 +254,11 @@ class Feed:
     def __len__(self) -> int:
         """Readers."""
         return len(self._readers)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of lines that are kept."""
+        return self._history.size
 
     @property
     def sessions(self) -> list[Entry]:
@@ -232,10 +288,9 @@ class Feed:
             event.is_final,
             dump(event),
         )
-        self._history.append(line)
-        self._size += len(line.data)
-        while self._size > self._history_limit and len(self._history) > 1:
-            self._size -= len(self._history.popleft().data)
+        for old in self._history.add(line):
+            if (entry := self._sessions.get(old.session)) is not None:
+                entry.gone = max(entry.gone, old.seq)
         return line
 
     def enter(self, entry: Entry) -> None:
@@ -284,23 +339,23 @@ class Feed:
 
     def lines(self, session: str, admit: Callable[[Line], bool] = lambda _: True) -> list[Line]:
         """What is kept of a session, oldest first."""
-        return [line for line in self._history if line.session == session and admit(line)]
+        return self._history.lines(lambda line: line.session == session and admit(line))
 
     def _since(
         self, wanted: Wanted, cursor: str | None, after: int | None
     ) -> tuple[list[Line], bool]:
         if after is not None and wanted.session is not None:
-            kept = self.lines(wanted.session)
+            missed = self.lines(wanted.session, lambda line: line.seq > after)
             entry = self._sessions.get(wanted.session)
-            begins = kept[0].seq if kept else entry.next_seq if entry is not None else 0
-            return [line for line in kept if line.seq > after], begins <= after + 1
+            # Of a session that is not listed only this is known: whether anything is gone.
+            return missed, entry.gone <= after if entry is not None else not self._history.gone
         if cursor is None:
             return [], True
         epoch, _, number = cursor.partition(".")
         seen = int(number) if epoch == self.epoch and number.isdigit() else 0
-        lines = [line for line in self._history if line.number > seen]
-        whole = not lines or lines[0].number == seen + 1
-        return lines, whole and (epoch == self.epoch or cursor == "0")
+        missed = self._history.lines(lambda line: line.number > seen)
+        whole = self._history.gone <= seen
+        return missed, whole and (epoch == self.epoch or cursor == "0")
 
     def _list(self, event: Event) -> None:
         if isinstance(event, SessionOpened):

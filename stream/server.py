@@ -89,6 +89,10 @@ class Status:
         readers: Subscribers of the feed.
         evicted: Subscribers that were too slow.
         stopping: The daemon drains.
+        loop_p99_ms: How late the event loop calls what is due.
+        tasks: Of the event loop.
+        faults: Exceptions that nobody retrieved.
+        history_bytes: Lines of the feed that are kept for who comes late.
     """
 
     streams: int
@@ -107,6 +111,10 @@ class Status:
     readers: int
     evicted: int
     stopping: bool
+    loop_p99_ms: float
+    tasks: int
+    faults: int
+    history_bytes: int
 
 
 SHORTEST_TOKEN: Final = 16

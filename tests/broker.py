@@ -1,10 +1,11 @@
-"""A real mosquitto on a free loopback port, to be started, killed and started again."""
+"""Real brokers on free loopback ports, to be started, killed and started again."""
 
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,48 @@ class Broker:
             self._process.send_signal(signal.SIGCONT)
             self._process.wait()
             self._process = None
+
+
+class Server:
+    """A server process on a free loopback port, to be killed and started again."""
+
+    def __init__(self, *command: str) -> None:
+        self.port = _free_port()
+        self._command = [part.replace("PORT", str(self.port)) for part in command]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
+            time.sleep(0.02)
+        self.kill()
+        raise RuntimeError(f"{self._command[0]} did not start")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop it from answering, its connections open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+
+def nats_server(folder: Path) -> list[str]:
+    """The command of a NATS server that keeps streams in a folder."""
+    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+    return [binary, "-js", "-sd", str(folder), "-a", "127.0.0.1", "-p", "PORT"]
 
 
 def _free_port() -> int:

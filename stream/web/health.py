@@ -69,6 +69,9 @@ class Figures(Collector):
             "engine_busy_seconds": ("Age of the batch in the engine.", s.busy_s),
             "engine_waiting_chunks": ("Chunks that wait for the engine.", s.engine_waiting),
             "readers": ("Subscribers of the live feed.", s.readers),
+            "history_bytes": ("Lines kept for who comes late.", s.history_bytes),
+            "loop_lag_p99_seconds": ("Lateness of the event loop.", s.loop_p99_ms / 1e3),
+            "tasks": ("Tasks of the event loop.", s.tasks),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"livesat_{name}", text, value=value)
@@ -77,6 +80,7 @@ class Figures(Collector):
             "compute_seconds": ("Time of the inference thread.", s.compute_s),
             "gap_seconds": ("Audio lost in gaps.", s.lost_s),
             "readers_evicted": ("Subscribers that read too slowly.", s.evicted),
+            "unhandled_exceptions": ("Exceptions that nobody retrieved.", s.faults),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"livesat_{name}", text, value=value)

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Mount, Route, WebSocketRoute
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from stream.calls import Calls
 from stream.server import Desk, ServerSettings
@@ -30,6 +31,9 @@ log = structlog.get_logger(__name__)
 
 GRACE_S: Final = 3
 """How long connections may take to end when the daemon does."""
+
+PING_S: Final = 20.0
+"""How often a WebSocket's client is asked whether it is there, and how long it may take to say."""
 
 OPEN_PATHS: Final = frozenset({"/", "/livez", "/readyz", "/v1/login", "/v1/twilio"})
 """Served without a token: the page that asks for it, what a supervisor asks, and what asks for
@@ -96,12 +100,12 @@ async def serve(
         config = uvicorn.Config(
             await asyncio.to_thread(application, settings, desk, calls),
             http=Prompt,
-            ws="websockets-sansio",
+            ws=Patient,
             ws_max_size=settings.max_message_bytes,
             # Compression would let a small message become a large one, for audio that gains little.
             ws_per_message_deflate=False,
-            ws_ping_interval=20,
-            ws_ping_timeout=20,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
             # Its own count, of connections that ask for nothing too, holds the one that asks.
             limit_concurrency=settings.max_connections + 1,
             timeout_keep_alive=5,
@@ -208,3 +212,28 @@ class Prompt(H11Protocol):
         """Stop it."""
         self._stop()
         super().connection_lost(exc)
+
+
+class Patient(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, for clients that send faster than they are heard.
+
+    Their answer to a ping comes behind their audio: while audio comes, they are there.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Nothing has come yet."""
+        super().connection_made(transport)
+        self._came = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        """Note when."""
+        self._came = self.loop.time()
+        super().data_received(data)
+
+    def keepalive_timeout(self) -> None:
+        """Cut off who is silent, and wait for who is not."""
+        patience = self.ping_timeout or 0.0
+        if self.read_paused or self._came > self.loop.time() - patience:
+            self.pong_timer = self.loop.call_later(patience, self.keepalive_timeout)
+        else:
+            super().keepalive_timeout()

@@ -38,7 +38,16 @@ def test_the_dashboard_asks_for_metrics_there_are():
 
     status = Status(
         **dict.fromkeys(
-            ("streams", "slots", "engine_waiting", "readers", "evicted"),
+            (
+                "streams",
+                "slots",
+                "engine_waiting",
+                "readers",
+                "evicted",
+                "tasks",
+                "faults",
+                "history_bytes",
+            ),
             1,
         ),
         **dict.fromkeys(
@@ -50,6 +59,7 @@ def test_the_dashboard_asks_for_metrics_there_are():
                 "audio_s",
                 "compute_s",
                 "lost_s",
+                "loop_p99_ms",
             ),
             1.0,
         ),

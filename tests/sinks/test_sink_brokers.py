@@ -6,16 +6,11 @@ The latter speaks the wire protocol. What it cannot be made to do, a stand-in fo
 import asyncio
 import json
 import shutil
-import signal
-import socket
 import ssl
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import aiokafka
 import nats
@@ -38,44 +33,16 @@ from sinks.jetstream import NatsSink
 from sinks.redis_streams import RedisSink
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
+from tests.broker import Server, nats_server
 from tests.kafka import Cluster
 from tests.sinks.samples import Talk
 
 FAST = FanoutSettings(retry_first_s=0.02, retry_longest_s=0.05)
 
 
-class Server:
-    """A server process on a free loopback port, to be killed and started again."""
-
-    def __init__(self, *command: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._command = [part.replace("PORT", str(self.port)) for part in command]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> Self:
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
-            time.sleep(0.02)
-        self.kill()
-        raise RuntimeError(f"{self._command[0]} did not start")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-
-
 @pytest.fixture
 def jetstream(tmp_path: Path) -> Iterator[Server]:
-    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
-    server = Server(binary, "-js", "-sd", str(tmp_path), "-a", "127.0.0.1", "-p", "PORT").start()
+    server = Server(*nats_server(tmp_path)).start()
     yield server
     server.kill()
 
@@ -156,11 +123,7 @@ class TestNats:
         config.write_text(
             f"authorization {{users: [{{user: u, password: p, permissions: {rights}}}]}}\n"
         )
-        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
-        server = Server(
-            *(binary, "-js", "-sd", str(tmp_path), "-a", "127.0.0.1", "-p", "PORT"),
-            *("-c", str(config)),
-        ).start()
+        server = Server(*nats_server(tmp_path), "-c", str(config)).start()
         try:
             settings = on(server, user="u", password="p", timeout_s=0.5)
             with structlog.testing.capture_logs() as logs:

@@ -91,6 +91,31 @@ class TestFeed:
         assert feed.subscribe(Wanted(), cursor=feed.cursor()).complete
         assert not feed.subscribe(Wanted(), cursor="deadbeef.50").complete  # of another process
 
+    async def test_finals_are_kept_for_longer_than_partials(self):
+        feed, talk = Feed(history=20_000, partials=2_000), Talk()
+        feed.publish(talk.opened())
+        sent = [talk.warning() if n % 10 == 0 else talk.heard("…") for n in range(400)]
+        for event in sent:
+            feed.publish(event)
+        missed = feed.subscribe(Wanted(session="s1"), after=0)
+        feed.close()
+        assert missed.complete
+        lines = await read(missed)
+        finals = [event.seq for event in sent if event.is_final]
+        assert [line.seq for line in lines if line.final] == finals
+        assert [line.seq for line in lines] == sorted(line.seq for line in lines)
+        partials = [line for line in lines if not line.final]
+        assert 0 < sum(len(line.data) for line in partials) <= 2_000
+        assert partials[-1].seq == sent[-1].seq
+        assert feed.kept == sum(len(line.data) for line in feed.lines("s1"))
+
+    async def test_memory_is_bounded(self):
+        feed, talk = Feed(history=10_000, partials=3_000), Talk()
+        for _ in range(500):
+            feed.publish(talk.warning())
+            feed.publish(talk.heard("…"))
+        assert 10_000 < feed.kept <= 13_000
+
     @given(st.integers(0, 40), st.integers(0, 40))
     def test_a_cursor_resumes_exactly(self, first, second):
         async def scene():

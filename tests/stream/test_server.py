@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import websockets
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sinks.events import parse
@@ -21,7 +22,7 @@ from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
 from stream.web import exports
-from stream.web.server import serve
+from stream.web.server import Patient, serve
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, free_port, pcm, serving, talk, until
@@ -405,6 +406,42 @@ class TestFeed:
             assert answer.headers["X-Livesat-Kept-From"] == f"{kept_from:.3f}"
         assert threads
         assert get_ident() not in threads
+
+
+class TestPatience:
+    """A pong comes behind the audio that was sent before it."""
+
+    @pytest.mark.parametrize(
+        ("came", "paused", "cut"),
+        [(79.0, False, True), (81.0, False, False), (0.0, True, False)],
+    )
+    def test_who_is_silent_is_cut_off_and_nobody_else(self, monkeypatch, came, paused, cut):
+        told, later = [], []
+        monkeypatch.setattr(
+            WebSocketsSansIOProtocol, "keepalive_timeout", lambda _: told.append("cut")
+        )
+
+        class Loop:
+            time = staticmethod(lambda: 100.0)
+            call_later = staticmethod(lambda delay, call: later.append((delay, call)))
+
+        wire = Patient.__new__(Patient)
+        wire.loop, wire.ping_timeout, wire.read_paused, wire._came = Loop(), 20.0, paused, came
+        wire.keepalive_timeout()
+        assert told == ["cut"] * cut
+        assert later == ([] if cut else [(20.0, wire.keepalive_timeout)])
+
+    async def test_every_websocket_has_it(self, checkpoint, monkeypatch):
+        heard: list[bytes] = []
+        received = Patient.data_received
+        monkeypatch.setattr(
+            Patient, "data_received", lambda wire, data: heard.append(data) or received(wire, data)
+        )
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/events") as socket:
+                await socket.recv()
+                await (await socket.ping())
+        assert heard
 
 
 class TestPeople:
