@@ -46,6 +46,9 @@ EMBEDDED: Final = "embedded"
 LOUDEST: Final = 1e6
 """A sample beyond this is no audio: it is treated as non-finite before it overflows the model."""
 
+WARM: Final = 16
+"""Every size of batch up to this is warmed up, and the largest."""
+
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
 _ORIGIN: Final = struct.Struct("<q")
 
@@ -353,12 +356,14 @@ class Engine:
     def _warm_up(self) -> None:
         """Steps of silence: allocators and kernels are ready before the first stream.
 
-        The largest batch and every slot are among them. A machine with too little memory shows it
-        now and not when the last caller comes, and later streams make the process no larger.
+        A size of batch that is new costs time and, from then on, memory for its kernels; a slot
+        that is new costs its state. A machine with too little of it shows it now and not when the
+        last caller comes, and later streams make the process no larger.
         """
         import torch
 
-        for streams in (1, 1, min(self.slots, self.settings.max_batch)):
+        largest = min(self.slots, self.settings.max_batch)
+        for streams in (1, *range(1, min(largest, WARM) + 1), largest):
             silence = torch.zeros(streams, self.chunk_samples)
             self._model.step(silence, self._state, torch.arange(streams))
         # Zeros that were never written are no memory yet.

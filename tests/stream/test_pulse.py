@@ -115,6 +115,21 @@ libc.fflush(None)
                 )
             assert await asyncio.to_thread(resident) - before < 16 * MIB
 
+    async def test_every_size_of_batch_is_warm(self, checkpoint, monkeypatch):
+        from model.streaming import StreamingModel
+        from stream.engine import Engine, EngineSettings
+
+        sizes, step = [], StreamingModel.step
+        monkeypatch.setattr(
+            StreamingModel,
+            "step",
+            lambda model, chunk, *rest: sizes.append(len(chunk)) or step(model, chunk, *rest),
+        )
+        settings = EngineSettings(checkpoint=tuple(checkpoint), slots=40, max_batch=20)
+        async with Engine(settings):
+            pass
+        assert set(sizes) == {*range(1, 17), 20}
+
     async def test_sessions_are_saved_one_at_a_time(self, checkpoint, tmp_path, monkeypatch):
         save, under_way, most = Survival.save, 0, []
 
