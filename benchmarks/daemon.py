@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 STARTS_WITHIN_S = 120.0
-ENDS_WITHIN_S = 30.0
+ENDS_WITHIN_S = 60.0
 
 
 def free_ports(count: int) -> list[int]:

@@ -64,6 +64,8 @@ RESOLUTION_MIB = 4.0
 """Pages that come and go: what a few minutes can tell of memory."""
 OVERHEAD = 1.5
 """Memory of a kept line, beside its bytes."""
+ANSWERED_S = 120.0
+"""How long the rest may take on a machine that has fallen behind."""
 ONE_STREAM = 8
 """Tasks of a stream: an utterance more or less is no leak."""
 
@@ -486,7 +488,7 @@ class Soak:
                 await self._until(began + end, sending)
                 await self._note(minute, end, daemon, http)
             senders.stop.set()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(ANSWERED_S):
                 await asyncio.gather(*sending)
             await asyncio.sleep(1.0)
             watching.cancel()
