@@ -137,14 +137,14 @@ libc.fflush(None)
             nonlocal under_way
             under_way += 1
             most.append(under_way)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
             await save(self, survivor)
             under_way -= 1
 
         monkeypatch.setattr(Survival, "save", counted)
         session = {"heartbeat_s": 0, "state": tmp_path / "s.db", "save_s": 0.01}
         async with serving(checkpoint, session=session) as house:
-            speech = speechlike(32_000)
+            speech = speechlike(128_000)
             await asyncio.gather(*(talk(house, speech, f"/v1/audio?name=s{i}") for i in range(3)))
         assert len(most) >= 3
         assert max(most) == 1
