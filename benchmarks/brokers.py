@@ -22,10 +22,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiomqtt
-import nats
 import numpy as np
 import structlog
 from rich.console import Console
@@ -36,7 +35,7 @@ from sinks import MqttSettings, NatsSettings
 from sinks.sink import SinkSettings
 from stream.fanout import Fanout, FanoutSettings
 from stream.pulse import few_arenas, give_back
-from tests.broker import Broker, Server, mosquitto, nats_server
+from tests.broker import Broker, Server, mosquitto, nats_server, stored
 from tests.sinks.samples import Talk
 from tests.stream.house import until
 
@@ -48,20 +47,6 @@ LIVE_WITHIN_S = 30.0
 LIVE_S = 10.0
 """How long live events are timed."""
 DOWN_S = 0.3
-
-
-class Process(Protocol):
-    """A broker's."""
-
-    port: int
-
-    def start(self) -> Any: ...  # noqa: D102
-
-    def kill(self) -> None: ...  # noqa: D102
-
-    def freeze(self) -> None: ...  # noqa: D102
-
-    def thaw(self) -> None: ...  # noqa: D102
 
 
 class Bus:
@@ -115,21 +100,28 @@ class Bus:
 
     async def stored(self) -> None:
         """Take what JetStream stored: that is what its subscribers can get."""
-        if self.kind == "mqtt":
-            return
-        client = await nats.connect(f"nats://127.0.0.1:{self.process.port}")
-        try:
-            stream = client.jetstream()
-            left = (await stream.stream_info("LIVESAT")).state.messages
-            reader = await stream.subscribe("livesat.>", ordered_consumer=True)
-            for _ in range(left):
-                message = await reader.next_msg(timeout=10)
+        if self.kind == "nats":
+            for message in await stored(self.process):
                 self.take(message.data, message.metadata.timestamp.timestamp())
+
+
+@asynccontextmanager
+async def _bus(kind: str) -> AsyncIterator[tuple[Bus, Path]]:
+    """A running broker and a folder for what is beside it; in the end it has taken all there is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bus = Bus(kind, Path(scratch))
+        await asyncio.to_thread(bus.process.start)
+        listening = asyncio.create_task(bus.listen())
+        try:
+            yield bus, Path(scratch)
+            await asyncio.sleep(1.0)
+            await bus.stored()
         finally:
-            await client.close()
+            listening.cancel()
+            bus.process.kill()
 
 
-def _process(kind: str, folder: Path) -> Process:
+def _process(kind: str, folder: Path) -> Server:
     if kind == "mqtt":
         kept = f"persistence true\npersistence_location {folder}/\nmax_queued_messages 0\n"
         return Broker(folder, kept)
@@ -162,6 +154,10 @@ class Source:
         self.talks = [Talk(f"s{number}", f"stream{number}") for number in range(4)]
         self.published = 0
 
+    def ids(self) -> set[tuple[str, int]]:
+        """(session, seq) of all that was published."""
+        return {(talk.session_id, seq) for talk in self.talks for seq in range(talk.seq)}
+
     async def run(self, out: Fanout) -> None:
         """Until cancelled."""
         began = time.monotonic()
@@ -180,37 +176,26 @@ async def _caught_up(out: Fanout, but: float = 0) -> None:
 
 async def kills(kind: str, times: int, rate: float, console: Console) -> bool:
     """Row 1: the broker is killed so many times, and stopped as often, while events flow."""
-    rng = random.Random(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        bus = Bus(kind, folder)
-        await asyncio.to_thread(bus.process.start)
-        listening = asyncio.create_task(bus.listen())
+    rng, source = random.Random(0), Source(rate)
+    async with _bus(kind) as (bus, folder):
         await asyncio.sleep(0.5)
-        source = Source(rate)
-        try:
-            async with _fanout(bus, folder, 100_000) as out:
-                feeding = asyncio.create_task(source.run(out))
-                for number in range(2 * times):
-                    await asyncio.sleep(rng.uniform(0.3, 1.0))
-                    if number % 2:
-                        await asyncio.to_thread(bus.process.kill)
-                        await asyncio.sleep(DOWN_S)
-                        await asyncio.to_thread(bus.process.start)
-                    else:
-                        bus.process.freeze()
-                        await asyncio.sleep(rng.uniform(0.2, 2.0))
-                        bus.process.thaw()
-                await asyncio.sleep(1.0)
-                feeding.cancel()
-                await _caught_up(out)
-                statistics = out.statistics()["bus"]
+        async with _fanout(bus, folder, 100_000) as out:
+            feeding = asyncio.create_task(source.run(out))
+            for number in range(2 * times):
+                await asyncio.sleep(rng.uniform(0.3, 1.0))
+                if number % 2:
+                    await asyncio.to_thread(bus.process.kill)
+                    await asyncio.sleep(DOWN_S)
+                    await asyncio.to_thread(bus.process.start)
+                else:
+                    bus.process.freeze()
+                    await asyncio.sleep(rng.uniform(0.2, 2.0))
+                    bus.process.thaw()
             await asyncio.sleep(1.0)
-            listening.cancel()
-            await bus.stored()
-        finally:
-            bus.process.kill()
-    wanted = {(t.session_id, seq) for t in source.talks for seq in range(t.seq)}
+            feeding.cancel()
+            await _caught_up(out)
+            statistics = out.statistics()["bus"]
+    wanted = source.ids()
     ids = Counter((session, seq) for session, seq, *_ in bus.got)
     verdict = Verdict(f"{kind}: {times} kills and {times} stops at {rate:g} events/s")
     verdict.tell("events", source.published)
@@ -247,49 +232,38 @@ def _disorder(bus: Bus) -> int:
 
 async def outage(kind: str, minutes: float, rate: float, console: Console) -> bool:
     """Row 2: the broker is away for so long, then comes back."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        bus = Bus(kind, folder)
-        await asyncio.to_thread(bus.process.start)
-        source, spool = Source(rate), int(minutes * 60 * rate * 2)
-        listening = asyncio.create_task(bus.listen())
-        giving = asyncio.create_task(give_back())
-        try:
-            async with _fanout(bus, folder, spool) as out:
-                feeding = asyncio.create_task(source.run(out))
-                await asyncio.sleep(5)
-                before = resident_mib(os.getpid())
-                await asyncio.to_thread(bus.process.kill)
-                most = before
-                end = time.monotonic() + minutes * 60
-                while time.monotonic() < end:
-                    await asyncio.sleep(1.0)
-                    most = max(most, resident_mib(os.getpid()))
-                waiting = out.statistics()["bus"].queued
-                await asyncio.to_thread(bus.process.start)
-                await until(lambda: out.statistics()["bus"].connected)
-                spent, back = time.process_time(), time.monotonic()
-                had = out.statistics()["bus"].sent
-                await _caught_up(out, rate / 10)
-                took = time.monotonic() - back
-                drained = (out.statistics()["bus"].sent - had) / took
-                spent = (time.process_time() - spent) / (drained * took)
-                most = max(most, resident_mib(os.getpid()))
-                await asyncio.sleep(max(back + LIVE_WITHIN_S - time.monotonic(), 0))
-                live_from = time.time()
-                await asyncio.sleep(LIVE_S)
-                feeding.cancel()
-                await _caught_up(out)
-                statistics = out.statistics()["bus"]
+    source, spool = Source(rate), int(minutes * 60 * rate * 2)
+    giving = asyncio.create_task(give_back())
+    async with _bus(kind) as (bus, folder), _fanout(bus, folder, spool) as out:
+        feeding = asyncio.create_task(source.run(out))
+        await asyncio.sleep(5)
+        before = resident_mib(os.getpid())
+        await asyncio.to_thread(bus.process.kill)
+        most = before
+        end = time.monotonic() + minutes * 60
+        while time.monotonic() < end:
             await asyncio.sleep(1.0)
-            listening.cancel()
-            await bus.stored()
-        finally:
-            giving.cancel()
-            bus.process.kill()
+            most = max(most, resident_mib(os.getpid()))
+        waiting = out.statistics()["bus"].queued
+        await asyncio.to_thread(bus.process.start)
+        await until(lambda: out.statistics()["bus"].connected)
+        spent, back = time.process_time(), time.monotonic()
+        had = out.statistics()["bus"].sent
+        await _caught_up(out, rate / 10)
+        took = time.monotonic() - back
+        drained = (out.statistics()["bus"].sent - had) / took
+        spent = (time.process_time() - spent) / (drained * took)
+        most = max(most, resident_mib(os.getpid()))
+        await asyncio.sleep(max(back + LIVE_WITHIN_S - time.monotonic(), 0))
+        live_from = time.time()
+        await asyncio.sleep(LIVE_S)
+        feeding.cancel()
+        await _caught_up(out)
+        statistics = out.statistics()["bus"]
+    giving.cancel()
     delays = [delay for _, _, delay, at in bus.got if at >= live_from] or [np.inf]
     ids = {(session, seq) for session, seq, *_ in bus.got}
-    wanted = {(t.session_id, seq) for t in source.talks for seq in range(t.seq)}
+    wanted = source.ids()
     verdict = Verdict(f"{kind}: away for {minutes:g} min at {rate:g} events/s")
     verdict.tell("finals that waited", waiting)
     verdict.tell("cap of the spool (drop_oldest)", spool)

@@ -35,7 +35,6 @@ from statistics import median
 from typing import Any
 
 import aiomqtt
-import nats
 import numpy as np
 import soundfile
 import websockets
@@ -46,7 +45,7 @@ from wyoming.client import AsyncTcpClient
 
 from benchmarks.daemon import ROOT, Daemon, free_ports, open_files
 from benchmarks.verdict import Verdict
-from tests.broker import Broker, Server, mosquitto, nats_server
+from tests.broker import Broker, Server, mosquitto, nats_server, stored
 from tests.microphone import MISSING, FakeMicrophone
 from tests.stream.test_live_sources import Sender
 
@@ -350,17 +349,9 @@ class Buses:
     async def settle(self) -> None:
         """Read what is stored, once the daemon has ended."""
         await asyncio.sleep(1.0)
-        if self._nats is None:
-            return
-        client = await nats.connect(f"nats://127.0.0.1:{self._nats.port}")
-        try:
-            stream = client.jetstream()
-            left = (await stream.stream_info("LIVESAT")).state.messages
-            reader = await stream.subscribe("livesat.>", ordered_consumer=True)
-            for _ in range(left):
-                self.seen["nats"].add((await reader.next_msg(timeout=10)).data)
-        finally:
-            await client.close()
+        if self._nats is not None:
+            for message in await stored(self._nats):
+                self.seen["nats"].add(message.data)
 
 
 @dataclass(frozen=True)

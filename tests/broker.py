@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
+import nats
 import pytest
 
 SEARCH: Final = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
-STARTS_WITHIN_S: Final = 10.0
+STARTS_WITHIN_S: Final = 15.0
 
 
 def mosquitto() -> str | None:
@@ -22,41 +23,38 @@ def mosquitto() -> str | None:
     return shutil.which("mosquitto", path=SEARCH)
 
 
-class Broker:
-    """One broker; `config` is added to its configuration file."""
+class Server:
+    """A server process on a free loopback port, to be killed and started again.
 
-    def __init__(self, folder: Path, config: str = "", *, host: str = "127.0.0.1") -> None:
-        self.folder = folder
-        self.host = host
+    Args:
+        command: How it is started; PORT stands for its port.
+        log: The file of what it says; None discards it.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, *command: str, log: Path | None = None) -> None:
         self.port = _free_port()
-        self._config = config
+        self._command = [part.replace("PORT", str(self.port)) for part in command]
+        self._log = Path(os.devnull) if log is None else log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def log(self) -> str:
-        return (self.folder / "mosquitto.log").read_text(errors="replace")
+        return self._log.read_text(errors="replace")
 
     def start(self) -> Self:
         """Start, and return once it takes connections."""
-        binary = mosquitto()
-        assert binary is not None
-        config = self.folder / "mosquitto.conf"
-        user = "user root\n" if os.geteuid() == 0 else ""
-        listener = f"listener {self.port} {self.host}\n"
-        access = "" if "allow_anonymous" in self._config else "allow_anonymous true\n"
-        config.write_text(f"{user}{listener}{access}{self._config}")
-        with (self.folder / "mosquitto.log").open("ab") as log:
-            self._process = subprocess.Popen([binary, "-c", str(config)], stdout=log, stderr=log)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline = time.monotonic() + STARTS_WITHIN_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
+        while time.monotonic() < deadline and self._process.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex((self.host, self.port)) == 0:
                     return self
             time.sleep(0.02)
         self.kill()
-        raise RuntimeError(f"mosquitto did not start:\n{self.log}")
+        raise RuntimeError(f"{self._command[0]} did not start:\n{self.log}")
 
     def kill(self) -> None:
         """Kill it as a power cut would."""
@@ -84,40 +82,28 @@ class Broker:
             self._process = None
 
 
-class Server:
-    """A server process on a free loopback port, to be killed and started again."""
+class Broker(Server):
+    """mosquitto; `config` is added to its configuration file."""
 
-    def __init__(self, *command: str) -> None:
-        self.port = _free_port()
-        self._command = [part.replace("PORT", str(self.port)) for part in command]
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, folder: Path, config: str = "") -> None:
+        binary, file = mosquitto(), folder / "mosquitto.conf"
+        assert binary is not None
+        super().__init__(binary, "-c", str(file), log=folder / "mosquitto.log")
+        user = "user root\n" if os.geteuid() == 0 else ""
+        access = "" if "allow_anonymous" in config else "allow_anonymous true\n"
+        file.write_text(f"{user}listener {self.port} {self.host}\n{access}{config}")
 
-    def start(self) -> Self:
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet)
-        deadline = time.monotonic() + 15
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
-            time.sleep(0.02)
-        self.kill()
-        raise RuntimeError(f"{self._command[0]} did not start")
 
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-
-    def freeze(self) -> None:
-        """Stop it from answering, its connections open."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let it go on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+async def stored(server: Server) -> list[Any]:
+    """Every message of JetStream's stream LIVESAT, in order."""
+    client = await nats.connect(f"nats://{server.host}:{server.port}")
+    try:
+        stream = client.jetstream()
+        count = (await stream.stream_info("LIVESAT")).state.messages
+        reader = await stream.subscribe("livesat.>", ordered_consumer=True)
+        return [await reader.next_msg(timeout=10) for _ in range(count)]
+    finally:
+        await client.close()
 
 
 def nats_server(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import shutil
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,9 +33,10 @@ from sinks.jetstream import NatsSink
 from sinks.redis_streams import RedisSink
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
-from tests.broker import Server, nats_server
+from tests.broker import Server, nats_server, stored
 from tests.kafka import Cluster
 from tests.sinks.samples import Talk
+from tests.stream.house import until
 
 FAST = FanoutSettings(retry_first_s=0.02, retry_longest_s=0.05)
 
@@ -57,24 +58,6 @@ def redis(tmp_path: Path) -> Iterator[Server]:
     ).start()
     yield server
     server.kill()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for what happens on this loop."""
-    async with asyncio.timeout(30):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-async def stored(server: Server) -> list[Any]:
-    """Every message of our JetStream stream, in order."""
-    client = await nats.connect(f"nats://127.0.0.1:{server.port}")
-    try:
-        stream = client.jetstream()
-        last = (await stream.stream_info("LIVESAT")).state.last_seq
-        return [await stream.get_msg("LIVESAT", seq) for seq in range(1, last + 1)]
-    finally:
-        await client.close()
 
 
 def on(server: Server, **more: Any) -> NatsSettings:
