@@ -1,11 +1,13 @@
 """One source whose channels are streams apart, each with a session and speakers of its own."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Protocol, runtime_checkable
 
 from stream.engine import EngineFull
-from stream.sources.source import Intake, Source, SourceError
+from stream.sources.line import Line
+from stream.sources.source import Block, Intake, Source, SourceError
 
 
 @runtime_checkable
@@ -25,6 +27,53 @@ class Multichannel(Protocol):
 def stream_name(source: str, channel: int) -> str:
     """The stream of a channel, from 0."""
     return f"{source}-{channel + 1}"
+
+
+def sharing(
+    lines: Sequence[Line], opening: Callable[[], AbstractAsyncContextManager[None]], *, live: bool
+) -> list[Source]:
+    """Lines of one opening → a source each; the first to be opened opens it, the last closes it.
+
+    Args:
+        lines: What is heard, one a channel.
+        opening: Feeds all of them while it is entered.
+        live: See `Source.live`.
+    """
+    shared = _Shared(opening)
+    return [_Channel(line, shared, live) for line in lines]
+
+
+class _Shared:
+    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._opening = opening
+        self._hearers = 0
+        self._lock = asyncio.Lock()
+        self._stack = AsyncExitStack()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None]:
+        async with self._lock:
+            if not self._hearers:
+                await self._stack.enter_async_context(self._opening())
+            self._hearers += 1
+        try:
+            yield
+        finally:
+            async with self._lock:
+                self._hearers -= 1
+                if not self._hearers:
+                    await self._stack.aclose()
+
+
+class _Channel:
+    def __init__(self, line: Line, shared: _Shared, live: bool) -> None:
+        self._line, self._shared = line, shared
+        self.name, self.live = line.name, live
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
+        async with self._shared.open(), self._line.open() as blocks:
+            yield blocks
 
 
 class Apart:

@@ -11,7 +11,6 @@ import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import Any, Final, Literal
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
+from stream.sources.apart import sharing
 from stream.sources.line import Line
 from stream.sources.source import Block, Source, SourceError
 
@@ -111,8 +111,7 @@ class MediaSource(BaseModel):
         """One source a channel, all of one opening."""
         assert self.apart is not None
         lines = [Line(f"{self.name}#{n + 1}", self.buffer_ms) for n in range(self.apart)]
-        shared = _Shared(self, lines)
-        return [_Channel(line, shared) for line in lines]
+        return sharing(lines, lambda: _reading(self, lines), live=self.live)
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
@@ -142,54 +141,6 @@ async def _reading(settings: MediaSource, lines: list[Line]) -> AsyncGenerator[N
         for line in lines:
             line.end()
         await asyncio.to_thread(thread.join, _CLOSE_S)
-
-
-@dataclass
-class _Shared:
-    """One opening whose channels are heard apart; the first to open it starts it."""
-
-    settings: MediaSource
-    lines: list[Line]
-    users: int = 0
-    reading: Any = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def enter(self) -> None:
-        async with self.lock:
-            if self.users == 0:
-                self.reading = _reading(self.settings, self.lines)
-                await self.reading.__aenter__()
-            self.users += 1
-
-    async def leave(self) -> None:
-        async with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                await self.reading.__aexit__(None, None, None)
-
-
-class _Channel:
-    """One channel as a source."""
-
-    def __init__(self, line: Line, shared: _Shared) -> None:
-        self._line, self._shared = line, shared
-
-    @property
-    def name(self) -> str:
-        return self._line.name
-
-    @property
-    def live(self) -> bool:
-        return self._shared.settings.live
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
-        await self._shared.enter()
-        try:
-            async with self._line.open() as blocks:
-                yield blocks
-        finally:
-            await self._shared.leave()
 
 
 class _Unusable(ValueError):

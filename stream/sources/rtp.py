@@ -9,7 +9,7 @@ import asyncio
 import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, Literal, Self
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
+from stream.sources.apart import sharing
 from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder
 from stream.sources.source import Block, Source, SourceError
@@ -112,8 +113,8 @@ class RtpSource(BaseModel):
     def split(self) -> list[Source]:
         """One source a channel; the port is that of all of them."""
         assert self.apart is not None
-        shared = _Shared(self, [Line(self.name, self.buffer_ms) for _ in range(self.apart)])
-        return [_Channel(shared, line) for line in shared.lines]
+        lines = [Line(self.name, self.buffer_ms) for _ in range(self.apart)]
+        return sharing(lines, lambda: _listening(self, lines), live=self.live)
 
 
 @asynccontextmanager
@@ -143,44 +144,6 @@ async def _listening(settings: RtpSource, lines: Sequence[Line]) -> AsyncGenerat
         with suppress(asyncio.CancelledError):
             await clock
         transport.close()
-
-
-class _Shared:
-    """A port that several channels hear: the first opens it, the last closes it."""
-
-    def __init__(self, settings: RtpSource, lines: Sequence[Line]) -> None:
-        self.settings, self.lines = settings, lines
-        self._hearers = 0
-        self._lock = asyncio.Lock()
-        self._open = AsyncExitStack()
-
-    @asynccontextmanager
-    async def listening(self) -> AsyncGenerator[None]:
-        async with self._lock:
-            if not self._hearers:
-                await self._open.enter_async_context(_listening(self.settings, self.lines))
-            self._hearers += 1
-        try:
-            yield
-        finally:
-            self._hearers -= 1
-            if not self._hearers:
-                await self._open.aclose()
-
-
-class _Channel:
-    """One channel of a port, as a source."""
-
-    def __init__(self, shared: _Shared, line: Line) -> None:
-        self._shared, self._line = shared, line
-        self.name = shared.settings.name
-        self.live = True
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
-        """See `RtpSource.open`."""
-        async with self._shared.listening(), self._line.open() as blocks:
-            yield blocks
 
 
 @dataclass(frozen=True, slots=True)
