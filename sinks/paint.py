@@ -15,6 +15,7 @@ from rich.text import Text
 from sinks import events
 from sinks.events import Event
 from sinks.lines import NOBODY, clock, lines, moment, one_line
+from sinks.roster import Names
 
 COLOURS: Final = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_red")
 """Of speakers, in the order of their numbers."""
@@ -68,12 +69,15 @@ class Painter:
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
         self._show_stream = show_stream
         # Bound: speakers of open sessions.
-        self._names: dict[str, dict[str, str]] = {}
+        self._names: dict[str, Names] = {}
         self._standing: Event | None = None
 
     def paint(self, event: Event) -> str:
         """An event → what is to be written for it."""
-        self._learn(event)
+        if isinstance(event, events.SessionClosed):
+            self._names.pop(event.session_id, None)
+        else:
+            self._names.setdefault(event.session_id, Names()).hear(event)
         with self._console.capture() as captured:
             if self._standing is not None:
                 self._console.control(_ERASE)
@@ -97,22 +101,6 @@ class Painter:
                 self._console.control(_ERASE)
         self._standing = None
         return captured.get()
-
-    def _learn(self, event: Event) -> None:
-        match event:
-            case events.TurnStarted() | events.TurnUpdated() | events.TurnEnded():
-                if event.speaker.identity is not None:
-                    names = self._names.setdefault(event.session_id, {})
-                    names[event.speaker.label] = event.speaker.identity
-            case events.SpeakerIdentified():
-                names = self._names.setdefault(event.session_id, {})
-                names.pop(event.speaker, None)
-                if event.identity is not None:
-                    names[event.speaker] = event.identity
-            case events.SessionClosed():
-                self._names.pop(event.session_id, None)
-            case _:
-                pass
 
     def _parts(self, event: Event) -> list[tuple[Text, Text, Text]]:
         """→ (who, mark, what) of each line."""
@@ -140,7 +128,7 @@ class Painter:
             return Text()
         name = label
         if not isinstance(event, events.SpeakerIdentified | events.SpeakerRevised):
-            name = self._names.get(event.session_id, {}).get(label, label)
+            name = self._names.get(event.session_id, Names()).name(label)
         shown = Text(one_line(name), f"bold {colour(label)}")
         shown.truncate(NAME, overflow="ellipsis")
         return shown
