@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.export import load_student
+from recipes.export import load_student, save_student
 from recipes.settings import Settings, from_arguments
 from recipes.student import Student
 
@@ -47,9 +47,7 @@ def main() -> None:
     settings = from_arguments(Blend, "blend", "blend two runs")
     student = load_student(settings.checkpoint)
     blend(student, load_student(settings.before), settings.share)
-    state = torch.load(settings.checkpoint, weights_only=True)
-    state["average"] = {name: p.detach().clone() for name, p in student.named_parameters()}
-    torch.save(state, settings.target)
+    save_student(student, settings.checkpoint, settings.target)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def load_student(path: Path) -> Student:
     return student.eval()
 
 
+def save_student(student: Student, checkpoint: Path, target: Path) -> None:
+    """Writes a run's checkpoint again, with the weights of this student."""
+    state = torch.load(checkpoint, weights_only=True)
+    state["average"] = {name: p.detach().clone() for name, p in student.named_parameters()}
+    torch.save(state, target)
+
+
 def write_checkpoints(student: Student, shape: Shape, target: Path) -> int:
     """Writes the three folders; gives the bytes of all weights."""
     tensors = {name: p.detach().half().contiguous() for name, p in student.named_parameters()}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.corpus import Corpus
-from recipes.export import load_student
+from recipes.export import load_student, save_student
 from recipes.rooms import load as load_rooms
 from recipes.settings import Settings, from_arguments
 from recipes.simulate import Acoustics, Conversation, Simulator
@@ -135,10 +135,7 @@ def main() -> None:
         flush=True,
     )
     fold(student, mean, a)
-    state = torch.load(settings.checkpoint, weights_only=True)
-    for name in ("speaker.feature_extractor.weight", "speaker.feature_extractor.bias"):
-        state["average"][name] = dict(student.named_parameters())[name].detach().clone()
-    torch.save(state, settings.target)
+    save_student(student, settings.checkpoint, settings.target)
 
 
 if __name__ == "__main__":
