@@ -709,7 +709,8 @@ class House:
         if block.flushed is not None:
             block.flushed()
         due = monotonic() - live.saved >= self.config.session.save_s
-        if due and self._outlives(live) and (live.saving is None or live.saving.done()):
+        # Soon again, while a save is under way: audio waits for nobody's disk.
+        if due and self._outlives(live) and not self._saving.locked():
             await self._save(live)
 
     def _outlives(self, live: Live) -> bool:
@@ -719,14 +720,12 @@ class House:
         """Take the session as it is now, and write it beside what goes on.
 
         Args:
-            live: Its chunks have all been taken; no save of it is under way, unless it is the last.
+            live: Its chunks have all been taken.
             last: Nothing goes on: wait until it is written.
         """
         assert self.survival is not None
         if live.saving is not None:
             await live.saving
-        if self._saving.locked() and not last:
-            return  # soon again: audio waits for nobody's disk
         session = live.session
         await self._saving.acquire()
         try:

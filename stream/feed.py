@@ -116,15 +116,18 @@ class History:
 
     Attributes:
         gone: Number of the latest final that is not kept.
-        size: Bytes kept.
     """
 
     def __init__(self, finals: int, partials: int) -> None:
         self.gone = 0
-        self.size = 0
         self._limits = {True: finals, False: partials}
         self._lines: dict[bool, deque[Line]] = {True: deque(), False: deque()}
         self._sizes = {True: 0, False: 0}  # in bytes, bounded by `_limits`
+
+    @property
+    def size(self) -> int:
+        """Bytes kept."""
+        return sum(self._sizes.values())
 
     def add(self, line: Line) -> list[Line]:
         """Keep a line → the finals that are kept no longer."""
@@ -134,7 +137,6 @@ class History:
         while self._sizes[line.final] > limit and len(lines) > 1:
             dropped.append(lines.popleft())
             self._sizes[line.final] -= len(dropped[-1].data)
-        self.size = sum(self._sizes.values())
         if not line.final or not dropped:
             return []
         self.gone = dropped[-1].number
