@@ -123,3 +123,9 @@ def finals(events) -> list[dict[str, Any]]:
         for event in events
         if event["is_final"]
     ]
+
+
+def about_audio(events) -> list[dict[str, Any]]:
+    """Final events without numbers, and without those that no audio makes."""
+    kept = [event for event in finals(events) if event["type"] not in {"warning", "session.closed"}]
+    return [{k: v for k, v in event.items() if k != "seq"} for event in kept]

@@ -21,7 +21,7 @@ from stream.clock import SAMPLE_RATE
 from stream.survival import AHEAD, Survival, SurvivalError, Survivor
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
-from tests.stream.house import House, finals, free_port, pcm, serving, talk, until
+from tests.stream.house import House, about_audio, finals, free_port, pcm, serving, talk, until
 
 QUIET = {"heartbeat_s": 0}
 
@@ -164,12 +164,6 @@ def by_number(*said):
 
 def plain(events):
     return [json.loads(dump(event)) for event in events]
-
-
-def about_audio(events):
-    """Final events without numbers, and without those that no audio makes."""
-    kept = [event for event in finals(events) if event["type"] not in {"warning", "session.closed"}]
-    return [{k: v for k, v in event.items() if k != "seq"} for event in kept]
 
 
 async def test_audio_sent_again_after_a_kill_is_not_annotated_twice(
