@@ -49,7 +49,7 @@ def application(settings: ServerSettings, desk: Desk, calls: Calls) -> Starlette
     pages = Pages(settings, gate, desk)
     people = People(desk)
     probes = Probes(desk, calls)
-    twilio = Twilio(settings, gate, calls)
+    twilio = Twilio(settings, gate, calls, desk.stop)
     routes = [
         Route("/", pages.dashboard),
         Mount("/static", files()),
@@ -217,7 +217,8 @@ class Prompt(H11Protocol):
 class Patient(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, for clients that send faster than they are heard.
 
-    Their answer to a ping comes behind their audio: while audio comes, they are there.
+    Their answer to a ping comes behind their audio: while audio comes, they are there. When the
+    server goes, their endpoint tells them the rest and hangs up; uvicorn would do so before it has.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -237,3 +238,8 @@ class Patient(WebSocketsSansIOProtocol):
             self.pong_timer = self.loop.call_later(patience, self.keepalive_timeout)
         else:
             super().keepalive_timeout()
+
+    def shutdown(self) -> None:
+        """Leave an open one to its endpoint; the server cuts it off if that takes too long."""
+        if self.close_sent or not self.handshake_complete:
+            super().shutdown()

@@ -6,6 +6,7 @@ show it in its start message. A track (inbound, outbound) is a session; ``timest
 lost on the way. Source: Twilio's "Media Streams – WebSocket Messages".
 """
 
+import asyncio
 import base64
 import binascii
 import re
@@ -19,7 +20,7 @@ from stream.engine import EngineFull
 from stream.server import ServerSettings
 from stream.sources.source import SourceError
 from stream.web.gate import LATER, POLICY, Gate
-from stream.web.wire import INVALID, NORMAL, Hangup, Wire, command
+from stream.web.wire import AWAY, INVALID, NORMAL, Hangup, Wire, command
 
 RATE: Final = 8000
 
@@ -38,27 +39,24 @@ _TIMESTAMP: Final = re.compile(r"-1|[0-9]{1,12}")
 class Twilio:
     """The endpoint."""
 
-    def __init__(self, settings: ServerSettings, gate: Gate, calls: Calls) -> None:
-        self._settings, self._gate, self._calls = settings, gate, calls
+    def __init__(
+        self, settings: ServerSettings, gate: Gate, calls: Calls, stop: asyncio.Event
+    ) -> None:
+        self._settings, self._gate, self._calls, self._stop = settings, gate, calls, stop
 
     async def websocket(self, socket: WebSocket) -> None:
         """One call's stream."""
         wire = Wire(socket, self._settings)
         await wire.open()
         tracks: dict[str, _Track] = {}
-        code, reason = NORMAL, ""
+        hearing = asyncio.create_task(self._hear(wire, tracks), name="twilio:hear")
+        stopping = asyncio.create_task(self._stop.wait(), name="twilio:stop")
+        code, reason = AWAY, "the daemon is stopping"
         try:
-            start = await self._start(wire)
-            sid = str(start.get("callSid") or start.get("streamSid") or "call")[:64]
-            for name in _tracks(start):
-                call = await self._calls.open(
-                    f"{sid}-{name}".replace("/", "_"),
-                    f"twilio:{sid}",
-                    Form("mulaw", RATE),
-                    resumable=False,
-                )
-                tracks[name] = _Track(call)
-            await self._hear(wire, tracks)
+            await asyncio.wait({hearing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if hearing.done():
+                hearing.result()
+                code, reason = NORMAL, ""
             for track in tracks.values():
                 track.call.finish()
                 await track.call.over()
@@ -69,9 +67,27 @@ class Twilio:
         except WebSocketDisconnect:
             pass
         finally:
+            for task in (hearing, stopping):
+                task.cancel()
+            await asyncio.gather(hearing, stopping, return_exceptions=True)
             for track in tracks.values():
                 track.call.finish()
         await wire.close(code, reason)
+
+    async def _hear(self, wire: Wire, tracks: "dict[str, _Track]") -> None:
+        """The stream from its start message to its end; its calls are put in ``tracks``."""
+        start = await self._start(wire)
+        sid = str(start.get("callSid") or start.get("streamSid") or "call")[:64]
+        for name in _tracks(start):
+            call = await self._calls.open(
+                f"{sid}-{name}".replace("/", "_"),
+                f"twilio:{sid}",
+                Form("mulaw", RATE),
+                resumable=False,
+            )
+            tracks[name] = _Track(call)
+        while await _heard(wire, tracks):
+            pass
 
     async def _start(self, wire: Wire) -> dict[str, Any]:
         while True:
@@ -96,24 +112,23 @@ class Twilio:
                 raise Hangup(INVALID, f"mediaFormat: expected {known}")
             return start
 
-    async def _hear(self, wire: Wire, tracks: "dict[str, _Track]") -> None:
-        while True:
-            message = await wire.receive()
-            if message is None:
-                return
-            if isinstance(message, bytes):
-                raise Hangup(INVALID, "expected JSON messages, got a binary one")
-            said = command(message)
-            event = said.get("event")
-            if event == "stop":
-                return
-            if event != "media":
-                continue  # mark, dtmf: nothing to hear
-            name, payload, timestamp = _media(said.get("media"))
-            track = tracks.get(name)
-            if track is None:
-                raise Hangup(INVALID, f"media.track: {name[:20]!r} was not announced")
-            await track.hear(payload, timestamp)
+
+async def _heard(wire: Wire, tracks: "dict[str, _Track]") -> bool:
+    """One message; whether more come."""
+    message = await wire.receive()
+    if message is None:
+        return False
+    if isinstance(message, bytes):
+        raise Hangup(INVALID, "expected JSON messages, got a binary one")
+    said = command(message)
+    event = said.get("event")
+    if event == "media":
+        name, payload, timestamp = _media(said.get("media"))
+        track = tracks.get(name)
+        if track is None:
+            raise Hangup(INVALID, f"media.track: {name[:20]!r} was not announced")
+        await track.hear(payload, timestamp)
+    return event != "stop"  # a mark, dtmf: nothing to hear
 
 
 def _tracks(start: dict[str, Any]) -> list[str]:

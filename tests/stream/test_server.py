@@ -600,6 +600,30 @@ class TestTwilio:
         assert house.events[-1].totals["audio_s"] == pytest.approx(2.0, abs=1e-3)
         assert house.events[0].stream_id == "CA1-inbound"
 
+    async def test_a_call_that_goes_on_when_the_daemon_stops_is_told_why_it_ends(
+        self, checkpoint, monkeypatch
+    ):
+        may, step = asyncio.Event(), Batches.step
+
+        async def held(batches, ready):
+            await may.wait()
+            return await step(batches, ready)
+
+        monkeypatch.setattr(Batches, "step", held)
+        async with serving(checkpoint, **QUIET) as house:
+            async with house.connect("/v1/twilio") as socket:
+                await socket.send(json.dumps({"event": "start", "start": {}}))
+                media = {"payload": base64.b64encode(bytes(16_000)).decode()}
+                await socket.send(json.dumps({"event": "media", "media": media}))
+                await until(lambda: bool(house.events))
+                house.stop.set()
+                await socket.send(json.dumps({"event": "media", "media": media}))
+                may.set()
+                async for _ in socket:
+                    pass
+                assert (socket.close_code, socket.close_reason) == (1001, "the daemon is stopping")
+        assert house.events[-1].type == "session.closed"
+
     @pytest.mark.parametrize(
         ("message", "expected"),
         [

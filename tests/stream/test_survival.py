@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosedError
 from sinks.events import dump
 from stream.clock import SAMPLE_RATE
 from stream.survival import AHEAD, Survival, SurvivalError, Survivor
+from stream.web.wire import Wire
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
 from tests.stream.house import House, about_audio, finals, free_port, pcm, serving, talk, until
@@ -222,8 +223,16 @@ async def test_no_number_is_given_to_two_events(checkpoint, speech, tmp_path, mo
 
 
 async def test_who_cannot_come_back_is_told_the_rest_before_the_daemon_stops(
-    checkpoint, speech, tmp_path
+    checkpoint, speech, tmp_path, monkeypatch
 ):
+    told = Wire.send_json
+
+    async def slowly(wire, value):
+        if house.stop.is_set():
+            await asyncio.sleep(0.3)  # longer than the server takes to notice that it ends
+        await told(wire, value)
+
+    monkeypatch.setattr(Wire, "send_json", slowly)
     keys = {"session": {**QUIET, "state": tmp_path / "state.db"}}
     async with serving(checkpoint, **keys) as house:
         query = "encoding=linear16&sample_rate=16000"
@@ -232,6 +241,7 @@ async def test_who_cannot_come_back_is_told_the_rest_before_the_daemon_stops(
             await until(lambda: bool(house.events) and house.events[-1].end > 2.0)
             house.stop.set()
             said = [json.loads(message) async for message in socket]
+            assert socket.close_code == 1001
     assert house.events[-1].type == "session.closed"
     assert said[-1]["type"] == "Metadata"
     async with serving(checkpoint, **keys) as house:
