@@ -204,7 +204,7 @@ def run(
 
     from stream.config import load
     from stream.daemon import run as serve
-    from stream.pulse import few_arenas
+    from stream.pulse import few_arenas, keep_loaded
     from stream.sources.source import Listener
 
     settings = load(config)
@@ -213,7 +213,9 @@ def run(
     lasting = settings.server is not None or any(
         isinstance(source, Listener) or source.live for source in settings.sources.values()
     )
-    asyncio.run(serve(settings, fail_fast=not lasting, reload=partial(load, config)))
+    asyncio.run(
+        serve(settings, fail_fast=not lasting, reload=partial(load, config), loaded=keep_loaded)
+    )
 
 
 @app.command()

@@ -7,7 +7,15 @@ import asyncio
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -119,6 +127,7 @@ async def run(
     stop: asyncio.Event | None = None,
     fail_fast: bool = True,
     reload: Callable[[], Config] | None = None,
+    loaded: Callable[[], None] = lambda: None,
 ) -> Summary:
     """Run until every source has ended, or until told to stop.
 
@@ -138,6 +147,7 @@ async def run(
             is an error; otherwise it is retried, logged and counted.
         reload: Reads the configuration again, on SIGHUP; what can change without touching a stream
             does, the rest is named in the log. None: SIGHUP is left alone.
+        loaded: Called when all that takes long is loaded, before the first stream is heard.
 
     Returns:
         What was done.
@@ -192,6 +202,7 @@ async def run(
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast, trouble=house.trouble)
         )
+        loaded()
         await house.serve(sources, blocks, listeners, reload)
     if house.failures and not house.stop.is_set():
         raise SourceError("\n".join(house.failures))
@@ -262,6 +273,8 @@ class House:
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
     _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One session is saved at a time: each is megabytes, in several copies until it is written."""
+    _computing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Whose tracks compute next."""
     failures: list[str] = field(default_factory=list[str])
     sessions: int = 0
     audio_s: float = 0.0
@@ -800,28 +813,46 @@ class House:
         for chunk in ready:
             frames = await self.batches.step(chunk)
             end_s = clock.seconds(chunk.start + len(chunk.samples))
-            events = await self._emit(live, partial(session.take, frames))
-            for event in events if chunk.valid else ():
-                if event.type in _TIMED:
-                    behind_s = max(end_s - event.end, 0) + self.engine.stats.last_s
-                    self.latency.observe(behind_s * 1000)
+            parts = session.takes(frames)
+            while (events := await self._next(live, parts)) is not None:
+                for event in events if chunk.valid else ():
+                    if event.type in _TIMED:
+                        behind_s = max(end_s - event.end, 0) + self.engine.stats.last_s
+                        self.latency.observe(behind_s * 1000)
 
-    async def _emit(self, live: Live, make: Callable[[], Sequence[Event]]) -> Sequence[Event]:
+    async def _next(self, live: Live, parts: Iterator[list[Event]]) -> Sequence[Event] | None:
+        """Make and publish the next part; None after the last.
+
+        The tracks of one session compute in a turn of the event loop, and who waits for anything
+        else is looked after in between.
+        """
+        async with self._computing:
+            await asyncio.sleep(0)
+        async with live.emitting:
+            made = None if live.over else next(parts, None)
+            return None if made is None else await self._publish(live, made)
+
+    async def _emit(self, live: Live, make: Callable[[], Sequence[Event]]) -> None:
         """Make events and publish them, one maker of a session at a time; none after the last."""
         async with live.emitting:
-            events = () if live.over else live.session.new(make())
-            for event in events:
-                self.events[event.type] += 1
-                if event.type in _TIMED:
-                    self.lag.observe(event.lag_ms)
-                line = self.feed.publish(event)
-                if self.survival is not None and live.resumable:
-                    self.survival.note(event.session_id, event.seq, line.data)
-                if self.on_event is not None:
-                    self.on_event(event)
-                if live.tap is not None:
-                    live.tap(event)
-                await self.fanout.publish(event)
+            if not live.over:
+                await self._publish(live, make())
+
+    async def _publish(self, live: Live, made: Sequence[Event]) -> Sequence[Event]:
+        """Everywhere, those that were not said before → them."""
+        events = live.session.new(made)
+        for event in events:
+            self.events[event.type] += 1
+            if event.type in _TIMED:
+                self.lag.observe(event.lag_ms)
+            line = self.feed.publish(event)
+            if self.survival is not None and live.resumable:
+                self.survival.note(event.session_id, event.seq, line.data)
+            if self.on_event is not None:
+                self.on_event(event)
+            if live.tap is not None:
+                live.tap(event)
+            await self.fanout.publish(event)
         return events
 
     def _health(self) -> Health:

@@ -8,7 +8,7 @@ import struct
 import uuid
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import monotonic
@@ -89,8 +89,8 @@ class TrackSet(Protocol):
         """Goes on from that; a ValueError if it is not such bytes."""
         ...
 
-    def step(self, frames: Frames) -> Sequence[Event]:
-        """Frames → the events they cause, in order."""
+    def steps(self, frames: Frames) -> Iterator[Sequence[Event]]:
+        """Frames → the events they cause, in order, a few frames at a time."""
         ...
 
     def flush(self, end: int) -> Sequence[Event]:
@@ -127,7 +127,8 @@ class Session:
     """A stream's clock, slot, chunker and tracks.
 
     Call `opened` first; then `feed` blocks; give every chunk it returns to the engine and the
-    chunk's frames to `take`, in order; at the end `close`, its chunks likewise, and `closed`.
+    chunk's frames to `take` or `takes`, in order; at the end `close`, its chunks likewise, and
+    `closed`.
 
     Args:
         stream_id: The source's name in the config.
@@ -336,11 +337,6 @@ class Session:
             self._said[content] = times - 1
         return times > 0
 
-    @property
-    def idle(self) -> bool:
-        """Whether no chunk is under way."""
-        return not self._inflight
-
     def name_speaker(self, number: int, name: str) -> list[Event]:
         """A listener says who a speaker is → the events of that."""
         return self._counted(list(self.tracks.name(number, name)))
@@ -386,42 +382,50 @@ class Session:
         Frames carry stream-clock samples already. A chunk with non-finite samples becomes a `gap`:
         the encoder heard zeros in its place and began afresh.
         """
-        chunk = self._inflight.popleft()
+        return [event for some in self.takes(frames) for event in some]
+
+    def takes(self, frames: Frames) -> Iterator[list[Event]]:
+        """The same in several parts, between which somebody else may compute.
+
+        The chunk is under way until the last of them. Other events may be made in between; each
+        part is to be published before that.
+        """
+        chunk = self._inflight[0]
         end = chunk.start + chunk.valid
-        events: list[Event] = []
         if frames.nonfinite:
             self.lost += chunk.valid
-            events.append(
-                Gap(
-                    **self.stamp(chunk.start, end),
-                    lost_samples=chunk.valid,
-                    reason="non-finite",
-                )
-            )
+            fields = self.stamp(chunk.start, end)
+            yield self._counted([Gap(**fields, lost_samples=chunk.valid, reason="non-finite")])
         if chunk.first:
             self._segments += 1
             if self._segments > 1:
                 # To the tracks a new segment is like a restart: nothing before may be joined to it.
                 frames = replace(frames, nonfinite=True)
-        events += self.tracks.step(frames)
+        for events in self.tracks.steps(frames):
+            yield self._counted(events)
         if chunk.valid:
             self.processed = end
         if chunk.last:
-            events += self.tracks.flush(self.processed)
-        if self._heartbeat and self.processed >= self._next_heartbeat:
-            self._next_heartbeat = (self.processed // self._heartbeat + 1) * self._heartbeat
-            health = self._health()
-            events.append(
-                Heartbeat(
-                    **self.stamp(end, end),
-                    audio_received_s=clock.seconds(self.received),
-                    audio_processed_s=clock.seconds(self.processed),
-                    realtime_factor=health.realtime_factor,
-                    queue_depths=health.queue_depths,
-                    dropped_partials=health.dropped_partials,
-                )
+            yield self._counted(self.tracks.flush(self.processed))
+        self._inflight.popleft()
+        yield self._counted(self._beaten(end))
+
+    def _beaten(self, end: int) -> list[Event]:
+        """A heartbeat, if one is due at this sample."""
+        if not self._heartbeat or self.processed < self._next_heartbeat:
+            return []
+        self._next_heartbeat = (self.processed // self._heartbeat + 1) * self._heartbeat
+        health = self._health()
+        return [
+            Heartbeat(
+                **self.stamp(end, end),
+                audio_received_s=clock.seconds(self.received),
+                audio_processed_s=clock.seconds(self.processed),
+                realtime_factor=health.realtime_factor,
+                queue_depths=health.queue_depths,
+                dropped_partials=health.dropped_partials,
             )
-        return self._counted(events)
+        ]
 
     def _gap(self, lost: int, reason: GapReason) -> tuple[list[Event], list[Chunk]]:
         start = self.received
@@ -437,7 +441,7 @@ class Session:
             for chunk in chunks
         ]
 
-    def _counted(self, events: list[Event]) -> list[Event]:
+    def _counted(self, events: Sequence[Event]) -> list[Event]:
         for event in events:
             self._counts[event.type] += 1
             if event.type == "turn.ended":
@@ -446,7 +450,7 @@ class Session:
                 self._labels.discard(event.from_label)
             elif event.type == "transcript.final":
                 self._words += len(event.words)
-        return events
+        return list(events)
 
     def _captured(self, sample: int) -> float:
         """When a sample was captured (monotonic seconds); now, before any was."""

@@ -38,7 +38,7 @@ UNLIKELY: Final = -6.0
 TRIED: Final = 8
 """… nor more than this many a frame."""
 
-HOPELESS: Final = 10.0
+HOPELESS: Final = 6.0
 """A hypothesis this far (in ln) behind the best is dropped."""
 
 
@@ -188,7 +188,7 @@ class Greedy:
 
 @dataclass(slots=True)
 class Hypothesis:
-    """A text that may have been said since the last certain word; values are never changed.
+    """A text that may have been said since the last certain word.
 
     Attributes:
         key: The text, a space behind every finished word.
@@ -198,6 +198,7 @@ class Hypothesis:
         blank: ln of the probability of all the ways to it that end in silence.
         symbol: The same of those that end in its last character.
         outlook: What the language model says of the draft so far.
+        ending: What it says of the draft as a word; None before it was asked.
     """
 
     key: str
@@ -207,6 +208,7 @@ class Hypothesis:
     blank: float
     symbol: float
     outlook: float
+    ending: float | None = None
 
     @property
     def rank(self) -> float:
@@ -303,7 +305,7 @@ class Beam:
         for each in self.state.hypotheses:
             words, rank = each.words, _add(each.blank, each.symbol)
             if each.draft is not None:
-                words, rank = [*words, each.draft], rank + self._judged(each, each.draft)
+                words, rank = [*words, each.draft], rank + self._judged(each)
             text = " ".join(word.text for word in words)
             other, same = ended.get(text, (NEVER, words))
             ended[text] = (_add(rank, other), same)
@@ -315,6 +317,7 @@ class Beam:
     def forget(self) -> None:
         """See `Decoder`."""
         self.state.history = [BEGIN]
+        self.state.hypotheses = [replace(each, ending=None) for each in self.state.hypotheses]
 
     def _extended(
         self, silence: float, delimiter: float, tried: list[tuple[int, float]], start: int
@@ -327,35 +330,29 @@ class Beam:
             tried: … of characters.
             start: Sample at which the frame begins.
         """
+        kept, said = self.state.hypotheses, dict(tried)
+        spoken = max(delimiter, *said.values(), NEVER)
+        totals = [_add(each.blank, each.symbol) for each in kept]
+        floor = max(total + each.outlook for total, each in zip(totals, kept, strict=True))
+        floor += max(silence, spoken) - HOPELESS
         ways: dict[str, _Way] = {}
-        kept, text = self.state.hypotheses, self._symbols.text
-        said = dict(tried)
-        floor = kept[0].rank + max(silence, delimiter, *said.values(), NEVER) - HOPELESS
-        for each in kept:
-            total = _add(each.blank, each.symbol)
-            room = floor - total - each.outlook  # what a frame must have to be worth a hypothesis
-            draft = each.draft
-            if draft is None:
+        for each, total in zip(kept, totals, strict=True):
+            if each.draft is None:
                 # A delimiter after a delimiter, or before any word, says nothing.
                 rest = total + _add(silence, delimiter)
-                _put(ways, each.key, _Way(rest, NEVER, 0.0, each, _RESTED))
+                ways[each.key] = _Way(rest, NEVER, 0.0, each, _RESTED)
             else:
                 rest, held = total + silence, each.symbol + said.get(each.token, NEVER)
                 kind = _HELD if held > rest else _RESTED
-                _put(ways, each.key, _Way(rest, held, each.outlook, each, kind))
-                if delimiter >= room:
-                    ended = total + delimiter + self._judged(each, draft)
-                    _put(ways, each.key + " ", _Way(ended, NEVER, 0.0, each, _ENDED))
-            for index, score in tried:
-                if score < room:
-                    continue
-                # The same character again is another one only after a silence.
-                before = each.blank if index == each.token else total
-                letters = text[index] if draft is None else draft.text + text[index]
-                outlook = self._alpha * self._language.prefix(letters) + self._beta
-                way = _Way(NEVER, before + score, outlook, each, index)
-                _put(ways, each.key + text[index], way)
-        ranked = [(_add(way.blank, way.symbol) + way.outlook, way) for way in ways.values()]
+                ways[each.key] = _Way(rest, held, each.outlook, each, kind)
+        # What is behind all of these would be the first to be dropped.
+        if len(ways) == self._width:
+            floor = max(floor, min(map(_rank, ways.values())))
+        for each, total in zip(kept, totals, strict=True):
+            # A language model's word is not above 1: nothing this one may become is far ahead.
+            if total + spoken + max(each.outlook, self._beta) >= floor:
+                self._grow(each, total, floor, delimiter, tried, ways)
+        ranked = [(_rank(way), way) for way in ways.values()]
         ranked.sort(key=lambda pair: -pair[0])
         # The best one's probability becomes the unit: nothing grows with the stream.
         top = ranked[0][0]
@@ -364,6 +361,36 @@ class Beam:
             for rank, way in ranked[: self._width]
             if rank >= top - HOPELESS
         ]
+
+    def _grow(
+        self,
+        each: Hypothesis,
+        total: float,
+        floor: float,
+        delimiter: float,
+        tried: list[tuple[int, float]],
+        ways: "dict[str, _Way]",
+    ) -> None:
+        """Adds the ways to longer texts that are worth a hypothesis.
+
+        The language model is asked last: a word grows no likelier by another letter.
+        """
+        draft, text = each.draft, self._symbols.text
+        begun = "" if draft is None else draft.text
+        most = self._beta if draft is None else each.outlook
+        if draft is not None and total + delimiter + self._beta >= floor:
+            ended = total + delimiter + self._judged(each)
+            if ended >= floor:
+                _put(ways, each.key + " ", _Way(ended, NEVER, 0.0, each, _ENDED))
+        for index, score in tried:
+            # The same character again is another one only after a silence.
+            grown = score + (each.blank if index == each.token else total)
+            if grown + most < floor:
+                continue
+            letters = begun + text[index]
+            outlook = self._alpha * self._language.prefix(letters) + self._beta
+            if grown + outlook >= floor:
+                _put(ways, each.key + text[index], _Way(NEVER, grown, outlook, each, index))
 
     def _made(self, way: "_Way", unit: float, said: dict[int, float], start: int) -> Hypothesis:
         """The hypothesis that a way leads to."""
@@ -385,14 +412,20 @@ class Beam:
                 count=draft.count + 1 if draft else 1,
             )
         blank, symbol = max(way.blank - unit, NEVER), max(way.symbol - unit, NEVER)
-        return Hypothesis(key, words, draft, token, blank, symbol, way.outlook)
+        ending = of.ending if way.kind in (_RESTED, _HELD) else None
+        return Hypothesis(key, words, draft, token, blank, symbol, way.outlook, ending)
 
-    def _judged(self, each: Hypothesis, draft: Spoken) -> float:
-        """What the language model says of a finished word after the words before it."""
-        history = list[str]()
-        if self._memory:
-            history = [*self.state.history, *(word.text for word in each.words)][-self._memory :]
-        return self._alpha * self._language.word(tuple(history), draft.text) + self._beta
+    def _judged(self, each: Hypothesis) -> float:
+        """What the language model says of its draft, as a word after the words before it."""
+        if each.ending is None:
+            assert each.draft is not None
+            history = list[str]()
+            if self._memory:
+                before = [*self.state.history, *(word.text for word in each.words)]
+                history = before[-self._memory :]
+            said = self._language.word(tuple(history), each.draft.text)
+            each.ending = self._alpha * said + self._beta
+        return each.ending
 
     def _agreed(self) -> list[Spoken]:
         """Takes the words out that all hypotheses begin with."""
@@ -453,6 +486,10 @@ class _Way:
 _RESTED: Final = -1  # nothing is said
 _HELD: Final = -2  # its last character goes on
 _ENDED: Final = -3  # its draft becomes a word
+
+
+def _rank(way: _Way) -> float:
+    return _add(way.blank, way.symbol) + way.outlook
 
 
 def _put(ways: dict[str, _Way], key: str, new: _Way) -> None:

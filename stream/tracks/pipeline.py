@@ -1,9 +1,10 @@
 """All tracks of one stream, advanced together frame by frame."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from stream.tracks.settings import TracksSettings
 from stream.tracks.turns import Embed, Stamp, Turns, TurnsState
 from stream.tracks.voices import Gallery, Voices, VoicesState
 from stream.tracks.words import Words, WordsState
+
+AT_ONCE: Final = 5
+"""Frames that are taken at once: half a millisecond each, where a beam search decides words."""
 
 NOBODY = Gallery((), np.zeros((0, 0), np.float32))
 
@@ -69,11 +73,18 @@ class Tracks:
 
     def step(self, frames: Frames) -> list[Event]:
         """Takes the next frames of the stream; what is known by now."""
+        return [event for some in self.steps(frames) for event in some]
+
+    def steps(self, frames: Frames) -> Iterator[list[Event]]:
+        """The same a few frames at a time, between which somebody else may compute."""
         events = self._turns.enter(frames)
         if self._words is not None:
             events.extend(self._words.enter(frames))
         self._labels.enter(frames)
         for row in range(frames.rows):
+            if row and row % AT_ONCE == 0:
+                yield events
+                events = []
             events.extend(self._turns.row(frames, row))
             if self._words is not None:
                 events.extend(self._words.row(frames, row))
@@ -81,7 +92,7 @@ class Tracks:
         events.extend(self._turns.leave(frames))
         if self._words is not None:
             events.extend(self._words.leave())
-        return events
+        yield events
 
     def flush(self, end: int) -> list[Event]:
         """Ends all that is open: the stream ends at this sample."""

@@ -14,6 +14,7 @@ from stream.config import parse
 from stream.daemon import run
 from stream.engine import EngineFull
 from stream.sources.source import SourceError
+from stream.tracks import pipeline
 from tests.stream.conftest import speechlike
 
 FREE = {"wall_time", "lag_ms", "session_id", "resume_token", "source"}
@@ -225,15 +226,54 @@ async def test_a_file_is_not_read_faster_than_the_engine_computes(checkpoint, au
     ahead = []
 
     class Watching(daemon.Session):
-        def take(self, frames):
-            events = super().take(frames)
+        def takes(self, frames):
+            yield from super().takes(frames)
             ahead.append(self.received - self.processed)
-            return events
 
     monkeypatch.setattr(daemon, "Session", Watching)
     source = {"kind": "file", "path": audio, "block_ms": 400}
     await collected(config(checkpoint, {"a": source}))
     assert max(ahead) <= 6400
+
+
+async def test_no_two_parts_of_the_tracks_compute_in_one_turn_of_the_loop(
+    checkpoint, audio, monkeypatch
+):
+    from stream import daemon
+
+    turn, turns = 0, []
+
+    class Watching(daemon.Session):
+        def takes(self, frames):
+            for events in super().takes(frames):
+                turns.append(turn)
+                yield events
+
+    async def count():
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(daemon, "Session", Watching)
+    monkeypatch.setattr(pipeline, "AT_ONCE", 2)
+    counting = asyncio.create_task(count())
+    sources = {name: {"kind": "file", "path": audio} for name in "abc"}
+    await collected(config(checkpoint, sources))
+    counting.cancel()
+    assert len(turns) > 100
+    assert len(set(turns)) == len(turns)
+
+
+async def test_what_takes_long_is_loaded_before_a_stream_is_heard(checkpoint, audio):
+    order = []
+    sources = {"a": {"kind": "file", "path": audio}}
+    await run(
+        config(checkpoint, sources),
+        on_event=lambda event: order.append(event.type),
+        loaded=lambda: order.append("loaded"),
+    )
+    assert order[:2] == ["loaded", "session.opened"]
 
 
 async def test_times_on_the_wire_are_ordered(checkpoint, audio):

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from stream import pulse as pulse_module
-from stream.pulse import Pulse, give_back
+from stream.pulse import Pulse, give_back, keep_loaded
 from stream.survival import Survival
 from tests.stream.conftest import speechlike
 from tests.stream.house import serving, talk, until
@@ -21,6 +22,16 @@ def resident():
     """Bytes of this process in memory."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def test_what_is_loaded_is_no_longer_looked_through():
+    loaded = [[number] for number in range(10_000)]
+    try:
+        keep_loaded()
+        assert gc.get_freeze_count() >= len(loaded)
+        assert len(gc.get_objects()) < len(loaded)
+    finally:
+        gc.unfreeze()
 
 
 class TestLoop:

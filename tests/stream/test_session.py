@@ -19,9 +19,9 @@ class Script:
         self.stamp = stamp
         self.calls = []
 
-    def step(self, frames):
+    def steps(self, frames):
         self.calls.append(("step", frames.start, frames.nonfinite))
-        return [SpeechStarted(**self.stamp(frames.start, frames.start))]
+        yield [SpeechStarted(**self.stamp(frames.start, frames.start))]
 
     def flush(self, end):
         self.calls.append(("flush", end))
