@@ -213,6 +213,10 @@ def run(
     lasting = settings.server is not None or any(
         isinstance(source, Listener) or source.live for source in settings.sources.values()
     )
+    if lasting:
+        # A core is left to the event loop, whose calls would wait for one. Read by torch.
+        spare = max((os.cpu_count() or 1) - 1, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(spare))
     asyncio.run(
         serve(settings, fail_fast=not lasting, reload=partial(load, config), loaded=keep_loaded)
     )

@@ -76,7 +76,10 @@ class EngineSettings(BaseModel):
     left_ms: int = Field(default=10_000, ge=0, le=120_000, description="Audio it remembers.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(
-        default=None, ge=1, le=256, description="Compute threads; null leaves it to torch."
+        default=None,
+        ge=1,
+        le=256,
+        description="Compute threads; null is one a core, less one for a daemon's event loop.",
     )
     slots: int | None = Field(
         default=None, ge=1, le=4096, description="Streams at a time; null is one a source."
