@@ -215,8 +215,9 @@ def run(
     )
     if lasting:
         # A core is left to the event loop, whose calls would wait for one. Read by torch.
-        spare = max((os.cpu_count() or 1) - 1, 1)
-        os.environ.setdefault("OMP_NUM_THREADS", str(spare))
+        ours = getattr(os, "sched_getaffinity", None)  # a container may have fewer than there are
+        cores = len(ours(0)) if ours else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores - 1, 1)))
     asyncio.run(
         serve(settings, fail_fast=not lasting, reload=partial(load, config), loaded=keep_loaded)
     )

@@ -210,11 +210,6 @@ class Hypothesis:
     outlook: float
     ending: float | None = None
 
-    @property
-    def rank(self) -> float:
-        """Its log-probability (ln), language and all."""
-        return _add(self.blank, self.symbol) + self.outlook
-
 
 def _nothing() -> Hypothesis:
     return Hypothesis("", [], None, -1, 0.0, NEVER, 0.0)
@@ -287,7 +282,7 @@ class Beam:
         shares = [0.0] * len(words)
         whole = 0.0
         for each in self.state.hypotheses:
-            share = math.exp(each.rank)
+            share = math.exp(_rank(each))
             whole += share
             texts = [word.text for word in each.words]
             if each.draft is not None:
@@ -488,8 +483,9 @@ _HELD: Final = -2  # its last character goes on
 _ENDED: Final = -3  # its draft becomes a word
 
 
-def _rank(way: _Way) -> float:
-    return _add(way.blank, way.symbol) + way.outlook
+def _rank(of: Hypothesis | _Way) -> float:
+    """Its log-probability (ln), language and all."""
+    return _add(of.blank, of.symbol) + of.outlook
 
 
 def _put(ways: dict[str, _Way], key: str, new: _Way) -> None:
