@@ -133,11 +133,20 @@ class Daemon:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    """Resident memory of a process and of those it started."""
+    return sum(
+        int(Path(f"/proc/{each}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+        for each in family(pid)
+    )
 
 
 def open_files(pid: int) -> int:
-    """Open files of a process."""
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    """Open files of a process and of those it started."""
+    return sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in family(pid))
+
+
+def family(pid: int) -> list[int]:
+    """A process and those it started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid, *(each for child in children for each in family(child))]

@@ -23,8 +23,9 @@ import torch
 from benchmarks.machine import describe
 from sinks.events import Latency
 from stream.chunker import Chunker
-from stream.engine import Engine, EngineSettings
+from stream.engine import Engine
 from stream.evaluate import thresholds
+from stream.inference import EngineSettings
 from stream.session import Session
 from stream.sources.source import Block
 from stream.tracks.pipeline import Tracks
@@ -37,7 +38,7 @@ async def cost(engine: Engine, streams: int, seconds: float) -> float:
     """Processor seconds a second of one stream, ``streams`` of them in every batch."""
     audio, rate = sf.read(DEMO, dtype="float32")
     assert rate == RATE
-    size = engine.chunk_samples
+    size = engine.loaded.chunk_samples
     steps = round(seconds * RATE / size)
     audio = np.resize(audio, steps * size)
     settings = thresholds(engine)
@@ -45,14 +46,14 @@ async def cost(engine: Engine, streams: int, seconds: float) -> float:
         Session(
             stream_id=f"s{number}",
             source="benchmark",
-            checkpoint=engine.names,
+            checkpoint=engine.loaded.names,
             latency=Latency(
                 chunk_ms=engine.settings.chunk_ms, lookahead_ms=engine.settings.lookahead_ms
             ),
             slot=engine.acquire(),
-            chunker=Chunker(size, engine.lead, receptive=engine.receptive),
+            chunker=Chunker(size, engine.loaded.lead, receptive=engine.loaded.receptive),
             tracks=lambda stamp: Tracks(
-                settings, embed=engine.embed, vocabulary=engine.vocabulary, stamp=stamp
+                settings, embed=engine.embed, vocabulary=engine.loaded.vocabulary, stamp=stamp
             ),
             heartbeat_s=5,
         )

@@ -14,8 +14,8 @@ from model.streaming import StreamingModel
 from recipes.corpus import HOP, RATE
 from recipes.student import Student
 from stream.clock import frames
-from stream.engine import EngineSettings
 from stream.evaluate import at_latency
+from stream.inference import EngineSettings
 from stream.tracks.frames import Frames
 
 Floats = NDArray[np.float32]

@@ -40,7 +40,8 @@ from recipes.verification import (
 )
 from stream.batcher import Ready
 from stream.chunker import Chunker
-from stream.engine import Engine, EngineSettings
+from stream.engine import Engine
+from stream.inference import EngineSettings
 from stream.tracks.language import LanguageModel
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
@@ -168,8 +169,12 @@ async def core_share(folder: Path, wave: Floats, tracks: TracksSettings) -> floa
     checkpoint = tuple(str(folder / head) for head in HEADS)
     settings = EngineSettings(checkpoint=checkpoint, device="cpu", threads=1, slots=1)
     async with Engine(settings) as engine:
-        chunker = Chunker(engine.chunk_samples, engine.lead, receptive=engine.receptive)
-        track = Tracks(tracks, embed=engine.embed, vocabulary=engine.vocabulary, stamp=stamp())
+        chunker = Chunker(
+            engine.loaded.chunk_samples, engine.loaded.lead, receptive=engine.loaded.receptive
+        )
+        track = Tracks(
+            tracks, embed=engine.embed, vocabulary=engine.loaded.vocabulary, stamp=stamp()
+        )
         slot = engine.acquire()
         began = process_time()
         for at in range(0, len(wave), 1600):

@@ -18,7 +18,7 @@ from rich.terminal_theme import TerminalTheme
 from sinks.events import Event
 from stream.config import Config
 from stream.daemon import run
-from stream.engine import EngineSettings
+from stream.inference import EngineSettings
 from stream.screen import Picture
 from stream.sources.file import FileSource
 

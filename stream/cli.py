@@ -219,7 +219,13 @@ def run(
         cores = len(ours(0)) if ours else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(cores - 1, 1)))
     asyncio.run(
-        serve(settings, fail_fast=not lasting, reload=partial(load, config), loaded=keep_loaded)
+        serve(
+            settings,
+            fail_fast=not lasting,
+            reload=partial(load, config),
+            loaded=keep_loaded,
+            apart=lasting,
+        )
     )
 
 
@@ -449,8 +455,8 @@ def enroll(
     from datetime import UTC, datetime, timedelta
     from getpass import getuser
 
-    from stream.engine import EngineSettings
     from stream.enrolment import listen
+    from stream.inference import EngineSettings
     from stream.log import LogSettings
     from stream.voiceprints import Voiceprints
 

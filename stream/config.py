@@ -22,8 +22,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from sinks import AnySink, MqttSettings, SinkSettings
-from stream.engine import EngineSettings
 from stream.fanout import FanoutSettings
+from stream.inference import EngineSettings
 from stream.log import LogSettings, without_credentials
 from stream.server import ServerSettings
 from stream.sources import AnySource

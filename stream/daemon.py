@@ -34,10 +34,11 @@ from stream import clock
 from stream.batcher import Batcher, Batches, Ready
 from stream.chunker import Chunker
 from stream.config import Config, ConfigError
-from stream.engine import Engine, EngineError, EngineFull
+from stream.engine import Engine, EngineFull
 from stream.enrolment import LEAST_S
 from stream.fanout import Fanout
 from stream.feed import Entry, Feed
+from stream.inference import EngineError
 from stream.metrics import Histogram
 from stream.pulse import Pulse, give_back
 from stream.server import Status
@@ -86,7 +87,7 @@ class Summary:
     Attributes:
         sessions: Streams that were opened.
         audio_s: Seconds of audio, summed over streams.
-        compute_s: Seconds the inference thread computed.
+        compute_s: Seconds the inference computed.
         wall_s: Seconds from the first session to the last.
         lag_p50_ms: Capture of an event's end → its emission, by the clock on the wall: what a
             subscriber of a live source sees. Of a file that is not paced it says how fast the file
@@ -128,6 +129,7 @@ async def run(
     fail_fast: bool = True,
     reload: Callable[[], Config] | None = None,
     loaded: Callable[[], None] = lambda: None,
+    apart: bool = False,
 ) -> Summary:
     """Run until every source has ended, or until told to stop.
 
@@ -148,6 +150,7 @@ async def run(
         reload: Reads the configuration again, on SIGHUP; what can change without touching a stream
             does, the rest is named in the log. None: SIGHUP is left alone.
         loaded: Called when all that takes long is loaded, before the first stream is heard.
+        apart: The model computes in a process of its own; its end is an error, and the end.
 
     Returns:
         What was done.
@@ -184,7 +187,9 @@ async def run(
             name: await stack.enter_async_context(source.open()) for name, source in sources.items()
         }
         streams = len(sources) + sum(listener.streams for listener in listeners.values())
-        house.engine = await stack.enter_async_context(Engine(config.engine, streams=streams))
+        house.engine = await stack.enter_async_context(
+            Engine(config.engine, streams=streams, apart=apart)
+        )
         if house.engine.slots < len(sources):
             raise EngineFull(
                 f"engine.slots is {house.engine.slots}, "
@@ -194,8 +199,8 @@ async def run(
         house.language = await asyncio.to_thread(
             open_language_model,
             house.settings.words,
-            house.engine.language_file,
-            house.engine.vocabulary,
+            house.engine.loaded.language_file,
+            house.engine.loaded.vocabulary,
         )
         house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
         await house.find_survivors(stack)
@@ -319,6 +324,7 @@ class House:
                 serve = listeners[SERVER].serve(SERVER, self)
                 working.append(group.create_task(serve, name=f"listener:{SERVER}"))
             beside = [
+                group.create_task(self.engine.lost(), name="engine"),
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
                 group.create_task(self._tell_of_trouble(), name="trouble"),
@@ -502,7 +508,7 @@ class House:
         self, name: str, embedding: NDArray[np.float32], evidence_s: float, session_id: str
     ) -> None:
         """Keep a live speaker's voice; blocks."""
-        if self.engine.voice_id is None:
+        if self.engine.loaded.voice_id is None:
             raise VoiceprintError("no speaker head is loaded: there is no voice to keep")
         if evidence_s < LEAST_S:
             raise VoiceprintError(
@@ -513,7 +519,7 @@ class House:
             store.add(
                 name,
                 embedding,
-                checkpoint=self.engine.voice_id,
+                checkpoint=self.engine.loaded.voice_id,
                 evidence_s=evidence_s,
                 consent=f"named and enrolled by a listener of session {session_id}",
             )
@@ -781,25 +787,25 @@ class House:
             return Tracks(
                 self.settings,
                 embed=engine.embed if engine.has_voice else None,
-                vocabulary=engine.vocabulary,
+                vocabulary=engine.loaded.vocabulary,
                 language=self.language,
                 voiceprints=self.gallery,
                 stamp=stamp,
-                classes=engine.labels,
+                classes=engine.loaded.labels,
             )
 
         return Session(
             stream_id=name,
             source=source.name,
-            checkpoint=engine.names,
+            checkpoint=engine.loaded.names,
             latency=Latency(
                 chunk_ms=self.config.engine.chunk_ms, lookahead_ms=self.config.engine.lookahead_ms
             ),
             slot=slot,
             chunker=Chunker(
-                engine.chunk_samples,
-                engine.lead,
-                receptive=engine.receptive,
+                engine.loaded.chunk_samples,
+                engine.loaded.lead,
+                receptive=engine.loaded.receptive,
                 fill=clock.samples(settings.fill_ms / 1000),
             ),
             tracks=tracks,
@@ -909,10 +915,10 @@ async def _next(blocks: AsyncIterator[Block]) -> Block | None:
 
 def _thresholds(config: Config, engine: Engine) -> TracksSettings:
     """The checkpoint's measured thresholds under those of the configuration."""
-    if engine.tracks_file is None:
+    if engine.loaded.tracks_file is None:
         return config.tracks
     try:
-        measured = TracksSettings.load(engine.tracks_file)
+        measured = TracksSettings.load(engine.loaded.tracks_file)
         return measured.over(config.tracks.model_dump(exclude_unset=True))
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -921,12 +927,12 @@ def _thresholds(config: Config, engine: Engine) -> TracksSettings:
 def _gallery(config: Config, engine: Engine) -> Gallery | None:
     """The enrolled voices to look for; blocks."""
     path = config.voiceprints or default_path()
-    if engine.voice_id is None or (config.voiceprints is None and not path.is_file()):
+    if engine.loaded.voice_id is None or (config.voiceprints is None and not path.is_file()):
         return None
     with Voiceprints.open(path) as store:
         # Voices of another checkpoint are an error only where the user asked for this file.
-        gallery = store.gallery(engine.voice_id, strict=config.voiceprints is not None)
-    return replace(gallery, cohort=engine.cohort)
+        gallery = store.gallery(engine.loaded.voice_id, strict=config.voiceprints is not None)
+    return replace(gallery, cohort=engine.loaded.cohort)
 
 
 @contextmanager

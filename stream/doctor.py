@@ -14,7 +14,8 @@ from typing import Literal
 
 from sinks.sink import SinkError
 from stream.config import Config
-from stream.engine import Engine, EngineError
+from stream.engine import Engine
+from stream.inference import EngineError
 from stream.sources.microphone import MicrophoneSource
 
 TRIES_S = 5.0
@@ -83,7 +84,7 @@ async def _engine(config: Config) -> AsyncGenerator[Finding]:
     began = perf_counter()
     try:
         async with Engine(config.engine) as engine:
-            heads = ", ".join(engine.names)
+            heads = ", ".join(engine.loaded.names)
             text = f"{heads}: loaded and warm in {perf_counter() - began:.1f} s"
             yield Finding("checkpoint", "ok", text)
             cost = await _cost(engine)
@@ -108,8 +109,8 @@ async def _cost(engine: Engine) -> float:
     rng = np.random.default_rng(0)
     before = 0.0, 0.0
     for step in range(12):
-        samples = (rng.standard_normal(engine.chunk_samples) * 0.05).astype(np.float32)
-        start = step * engine.chunk_samples
+        samples = (rng.standard_normal(engine.loaded.chunk_samples) * 0.05).astype(np.float32)
+        start = step * engine.loaded.chunk_samples
         await engine.run([Ready(slot, start, samples, len(samples), step == 0)])
         if step == 3:  # warm
             before = engine.stats.compute_s, engine.stats.audio_s

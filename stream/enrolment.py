@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from stream.batcher import Ready
 from stream.chunker import Chunker
 from stream.clock import FRAME_RATE
-from stream.engine import Engine, EngineError, EngineSettings
+from stream.engine import Engine
+from stream.inference import EngineError, EngineSettings
 from stream.sources.file import FileSource
 from stream.tracks.frames import Frames
 from stream.tracks.turns import Moments
@@ -95,16 +96,18 @@ async def listen(settings: EngineSettings, clips: Sequence[Path]) -> Enrolment:
         VoiceprintError: a clip holds too little speech.
     """
     async with Engine(settings) as engine:
-        if not engine.has_voice or engine.voice_id is None:
+        if not engine.has_voice or engine.loaded.voice_id is None:
             raise EngineError(
-                f"{', '.join(engine.names)}: no speaker head; expected a checkpoint with one "
-                "(UniSpeechSatForXVector)"
+                f"{', '.join(engine.loaded.names)}: no speaker head; "
+                "expected a checkpoint with one (UniSpeechSatForXVector)"
             )
-        return Enrolment(engine.voice_id, [await _hear(engine, clip) for clip in clips])
+        return Enrolment(engine.loaded.voice_id, [await _hear(engine, clip) for clip in clips])
 
 
 async def _hear(engine: Engine, clip: Path) -> Recording:
-    chunker = Chunker(engine.chunk_samples, engine.lead, receptive=engine.receptive)
+    chunker = Chunker(
+        engine.loaded.chunk_samples, engine.loaded.lead, receptive=engine.loaded.receptive
+    )
     slot = engine.acquire()
     voice = Voice()
 

@@ -16,7 +16,8 @@ from typing import Any, Final, cast
 from sinks.events import Event, Latency
 from stream import clock
 from stream.chunker import Chunker
-from stream.engine import Engine, EngineSettings
+from stream.engine import Engine
+from stream.inference import EngineSettings
 from stream.score import (
     Diarization,
     Edits,
@@ -285,7 +286,7 @@ async def evaluate(
     async with Engine(engine.model_copy(update={"slots": 1})) as live:
         settings = await asyncio.to_thread(thresholds, live, tracks)
         language = await asyncio.to_thread(
-            open_language_model, settings.words, live.language_file, live.vocabulary
+            open_language_model, settings.words, live.loaded.language_file, live.loaded.vocabulary
         )
         for recording in todo:
             streaming = await _hear(live, recording, settings, language)
@@ -294,11 +295,11 @@ async def evaluate(
             if on_file is not None:
                 on_file(done[-1], len(todo))
         return EvalResult(
-            checkpoint=tuple(live.names),
+            checkpoint=tuple(live.loaded.names),
             chunk_ms=engine.chunk_ms,
             lookahead_ms=engine.lookahead_ms,
             left_ms=engine.left_ms,
-            decoder=None if live.vocabulary is None else "beam" if language else "greedy",
+            decoder=None if live.loaded.vocabulary is None else "beam" if language else "greedy",
             files=tuple(done),
         )
 
@@ -352,11 +353,11 @@ def thresholds(engine: Engine, given: TracksSettings | None = None) -> TracksSet
     Raises:
         EvalError: the checkpoint's `tracks.json` cannot be read.
     """
-    if engine.tracks_file is None:
+    if engine.loaded.tracks_file is None:
         return given or TracksSettings()
     overrides = {} if given is None else given.model_dump(exclude_unset=True)
     try:
-        return TracksSettings.load(engine.tracks_file, overrides)
+        return TracksSettings.load(engine.loaded.tracks_file, overrides)
     except ValueError as error:
         raise EvalError(str(error)) from error
 
@@ -456,10 +457,10 @@ async def _hear(
         return Tracks(
             settings,
             embed=engine.embed if engine.has_voice else None,
-            vocabulary=engine.vocabulary,
+            vocabulary=engine.loaded.vocabulary,
             language=language,
             stamp=stamp,
-            classes=engine.labels,
+            classes=engine.loaded.labels,
         )
 
     source = FileSource(path=recording.audio)
@@ -468,12 +469,14 @@ async def _hear(
         session = Session(
             stream_id=recording.name,
             source=source.name,
-            checkpoint=engine.names,
+            checkpoint=engine.loaded.names,
             latency=Latency(
                 chunk_ms=engine.settings.chunk_ms, lookahead_ms=engine.settings.lookahead_ms
             ),
             slot=slot,
-            chunker=Chunker(engine.chunk_samples, engine.lead, receptive=engine.receptive),
+            chunker=Chunker(
+                engine.loaded.chunk_samples, engine.loaded.lead, receptive=engine.loaded.receptive
+            ),
             tracks=tracks,
             heartbeat_s=0,
         )
@@ -505,7 +508,7 @@ async def _hear(
             audio_s=clock.seconds(session.received),
             compute_s=engine.stats.compute_s - before_s,
             latencies_ms=latencies_ms,
-            words=engine.vocabulary is not None,
+            words=engine.loaded.vocabulary is not None,
         )
     )
 

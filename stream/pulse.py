@@ -88,10 +88,16 @@ async def give_back() -> None:
     A saved session is megabytes in a few blocks, and so is a step's work: glibc keeps such blocks
     once they are free, between others that are not, and with every new constellation more of them.
     """
-    trim = _of_libc("malloc_trim")
-    while trim is not None:
+    while True:
         await asyncio.sleep(GIVE_BACK_S)
-        await asyncio.to_thread(trim, 0)  # some milliseconds, without the interpreter's lock
+        await asyncio.to_thread(trim)  # some milliseconds, without the interpreter's lock
+
+
+def trim() -> None:
+    """Return freed memory to the system now; where there is another C library, nothing."""
+    give = _of_libc("malloc_trim")
+    if give is not None:
+        give(0)
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:

@@ -46,7 +46,7 @@ class Supervisor:
         """Keep the watchdog quiet for as long as ``alive`` returns; ends when nobody watches.
 
         Args:
-            alive: Passes through what must not hang: the inference thread.
+            alive: Passes through what must not hang: the inference.
         """
         while self.watchdog_s:
             await alive()

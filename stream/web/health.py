@@ -77,7 +77,7 @@ class Figures(Collector):
             yield GaugeMetricFamily(f"livesat_{name}", text, value=value)
         counters = {
             "audio_seconds": ("Audio computed.", s.audio_s),
-            "compute_seconds": ("Time of the inference thread.", s.compute_s),
+            "compute_seconds": ("Time of the inference.", s.compute_s),
             "gap_seconds": ("Audio lost in gaps.", s.lost_s),
             "readers_evicted": ("Subscribers that read too slowly.", s.evicted),
             "unhandled_exceptions": ("Exceptions that nobody retrieved.", s.faults),

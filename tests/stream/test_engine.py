@@ -5,10 +5,14 @@ import threading
 import numpy as np
 import pytest
 
+from model.state import Window
 from stream.batcher import Ready
 from stream.chunker import Chunker
-from stream.engine import Engine, EngineError, EngineFull, EngineSettings
+from stream.engine import Engine, EngineFull
+from stream.inference import EngineError, EngineSettings
 from tests.stream.conftest import speechlike
+
+WINDOW = Window(chunk=10, right=5, left=50)
 
 
 def settings(checkpoint, **keys):
@@ -17,7 +21,9 @@ def settings(checkpoint, **keys):
 
 
 def readies(engine, slot, samples):
-    chunker = Chunker(engine.chunk_samples, engine.lead, receptive=engine.receptive)
+    chunker = Chunker(
+        engine.loaded.chunk_samples, engine.loaded.lead, receptive=engine.loaded.receptive
+    )
     chunks = chunker.feed(samples) + chunker.end()
     return [Ready(slot, c.start, c.samples, c.valid, c.first) for c in chunks]
 
@@ -35,10 +41,10 @@ async def test_a_stream_gives_every_frame_once_as_probabilities(checkpoint):
     async with Engine(settings(checkpoint)) as engine:
         slot = engine.acquire()
         frames = await heard(engine, readies(engine, slot, samples))
-        assert engine.names == ["diarization", "speaker", "ctc"]
-        assert engine.vocabulary.tokens == ("<pad>", "|", *"aeiost")
-        assert (engine.vocabulary.blank, engine.vocabulary.delimiter) == (0, "|")
-        assert engine.receptive == 720
+        assert engine.loaded.names == ["diarization", "speaker", "ctc"]
+        assert engine.loaded.vocabulary.tokens == ("<pad>", "|", *"aeiost")
+        assert (engine.loaded.vocabulary.blank, engine.loaded.vocabulary.delimiter) == (0, "|")
+        assert engine.loaded.receptive == 720
     count = (20_123 - 720) // 320 + 1
     activity, ctc, voice = (joined(frames, head) for head in ("activity", "ctc", "voice"))
     assert (activity.shape, ctc.shape, voice.shape) == ((count, 3), (count, 8), (count, 12))
@@ -58,13 +64,12 @@ async def test_streaming_is_the_masked_forward(checkpoint):
     samples = speechlike(16_000)
     async with Engine(settings(checkpoint)) as engine:
         frames = await heard(engine, readies(engine, engine.acquire(), samples))
-        window = engine.window
     wave = torch.from_numpy(samples)[None]
     diarization = await asyncio.to_thread(load_pretrained, checkpoint[0])
     recogniser = await asyncio.to_thread(load_pretrained, checkpoint[2])
     with torch.inference_mode():
-        logits = diarization(wave, streaming=window).logits
-        ctc = recogniser(wave, streaming=window).logits
+        logits = diarization(wave, streaming=WINDOW).logits
+        ctc = recogniser(wave, streaming=WINDOW).logits
     np.testing.assert_allclose(joined(frames, "activity"), logits[0].sigmoid().numpy(), atol=1e-4)
     np.testing.assert_allclose(joined(frames, "ctc"), ctc[0].log_softmax(-1).numpy(), atol=1e-4)
 
@@ -77,15 +82,14 @@ async def test_embeddings_are_those_of_the_published_class(checkpoint):
     samples = speechlike(16_000)
     async with Engine(settings(checkpoint)) as engine:
         frames = await heard(engine, readies(engine, engine.acquire(), samples))
-        delay = engine.voice_delay
+        delay = engine.loaded.voice_delay
         voice = joined(frames, "voice")[2 * delay :].astype(np.float64)
         mine = engine.embed(
             np.array(float(len(voice))), voice.sum(axis=0), np.square(voice).sum(axis=0)
         )
-        window = engine.window
     model = await asyncio.to_thread(load_pretrained, checkpoint[1])
     with torch.inference_mode():
-        theirs = model(torch.from_numpy(samples)[None], streaming=window).embeddings
+        theirs = model(torch.from_numpy(samples)[None], streaming=WINDOW).embeddings
     np.testing.assert_allclose(mine, theirs[0].numpy(), atol=1e-4)
 
 
@@ -114,7 +118,7 @@ async def test_after_nonsense_a_slot_begins_afresh_at_that_chunk(checkpoint):
     async with Engine(settings(checkpoint)) as engine:
         slot = engine.acquire()
         clean = readies(engine, slot, samples)
-        size = engine.chunk_samples
+        size = engine.loaded.chunk_samples
         bad = [*clean]
         spoilt = bad[2].samples.copy()
         spoilt[5] = np.nan
@@ -169,7 +173,7 @@ async def test_a_slot_is_taken_once_and_given_back(checkpoint):
 async def test_a_batch_that_cannot_be_is_refused(checkpoint):
     async with Engine(settings(checkpoint, slots=2)) as engine:
         slot = engine.acquire()
-        silence = np.zeros(engine.chunk_samples, np.float32)
+        silence = np.zeros(engine.loaded.chunk_samples, np.float32)
         with pytest.raises(ValueError, match=r"expected slots that are taken, got \[1\]"):
             await engine.run([Ready(1, 0, silence, 1)])
         with pytest.raises(ValueError, match="every slot once"):
@@ -234,16 +238,19 @@ async def test_the_mean_of_label_frames_is_the_published_head(checkpoint, tmp_pa
     samples = speechlike(16_000)
     async with Engine(settings([str(folder)])) as engine:
         # Without a preprocessor_config.json the published default holds: the wave is normalised.
-        assert engine.labels == {"emotion": ("calm", "angry")}
-        assert (engine.vocabulary, engine.voice_id, engine.has_voice) == (None, None, False)
+        assert engine.loaded.labels == {"emotion": ("calm", "angry")}
+        assert (engine.loaded.vocabulary, engine.loaded.voice_id, engine.has_voice) == (
+            None,
+            None,
+            False,
+        )
         await asyncio.to_thread(
             (folder / "preprocessor_config.json").write_text, '{"do_normalize": false}'
         )
     async with Engine(settings([str(folder)])) as engine:
         frames = await heard(engine, readies(engine, engine.acquire(), samples))
-        window = engine.window
     mean = np.concatenate([each.labels["emotion"] for each in frames]).mean(axis=0)
     again = await asyncio.to_thread(load_pretrained, str(folder))
     with torch.inference_mode():
-        logits = again(torch.from_numpy(samples)[None], streaming=window).logits
+        logits = again(torch.from_numpy(samples)[None], streaming=WINDOW).logits
     np.testing.assert_allclose(mean, logits[0].numpy(), atol=1e-4)

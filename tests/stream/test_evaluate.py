@@ -14,7 +14,6 @@ from sinks.events import (
     Word,
 )
 from stream.clock import SAMPLE_RATE
-from stream.engine import EngineSettings
 from stream.evaluate import (
     EvalError,
     Recording,
@@ -28,6 +27,7 @@ from stream.evaluate import (
     transcript,
     turns,
 )
+from stream.inference import EngineSettings
 from stream.score import Diarization, Edits, ScoreError, Span, write_rttm
 from stream.sources.source import SourceError
 from stream.tracks.settings import TracksSettings

@@ -110,7 +110,8 @@ libc.fflush(None)
 
     async def test_later_streams_make_the_engine_no_larger(self, checkpoint):
         from stream.batcher import Ready
-        from stream.engine import Engine, EngineSettings
+        from stream.engine import Engine
+        from stream.inference import EngineSettings
 
         # A minute of context in 64 slots: some 50 MiB.
         settings = EngineSettings(
@@ -118,7 +119,7 @@ libc.fflush(None)
         )
         async with Engine(settings) as engine:
             before = await asyncio.to_thread(resident)
-            samples = speechlike(engine.chunk_samples)
+            samples = speechlike(engine.loaded.chunk_samples)
             slots = [engine.acquire() for _ in range(64)]
             for at in range(0, 64, 16):
                 await engine.run(
@@ -128,7 +129,8 @@ libc.fflush(None)
 
     async def test_every_size_of_batch_is_warm(self, checkpoint, monkeypatch):
         from model.streaming import StreamingModel
-        from stream.engine import Engine, EngineSettings
+        from stream.engine import Engine
+        from stream.inference import EngineSettings
 
         sizes, step = [], StreamingModel.step
         monkeypatch.setattr(
