@@ -191,4 +191,6 @@ def test_a_broker_that_is_not_there(livesat, opening, tmp_path):
             log={"level": "error"},
         )
         livesat("run", "--config", path).complains("127.0.0.1", str(port), code=1)
-    assert all(line.startswith("SPEAKER ") for line in rttm.read_text().splitlines())
+    # The other sink may not have been opened by then.
+    written = rttm.read_text().splitlines() if rttm.exists() else []
+    assert all(line.startswith("SPEAKER ") for line in written)

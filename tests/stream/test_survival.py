@@ -2,20 +2,16 @@ import asyncio
 import contextlib
 import json
 import pkgutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
-import httpx
 import pytest
-import yaml
 from websockets.exceptions import ConnectionClosedError
 
+from benchmarks.daemon import Daemon
 from sinks.events import dump
 from stream.clock import SAMPLE_RATE
 from stream.survival import AHEAD, Survival, SurvivalError, Survivor
@@ -364,57 +360,31 @@ async def test_a_young_session_and_a_name_are_saved_soon(
                 pass
 
 
-class Daemon:
-    """`livesat run` in a process of its own."""
-
-    def __init__(self, checkpoint, folder, port):
-        tree = {
-            "server": {"port": port},
-            "engine": {
-                "checkpoint": checkpoint,
-                "chunk_ms": 400,
-                "lookahead_ms": 200,
-                "left_ms": 2000,
-                "device": "cpu",
-                "threads": 1,
-            },
-            "tracks": {"turns": {"onset": 0.5, "offset": 0.5, "min_on_ms": 60, "min_off_ms": 60}},
-            "session": {**QUIET, "state": str(folder / "state.db"), "save_s": 0.2},
-            "sinks": {"log": {"kind": "jsonl", "path": str(folder / "events.jsonl")}},
-            "log": {"level": "warning"},
-        }
-        config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(tree))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "stream", "run", "--config", str(config)]
-        )
-        self.house = House(port)
-
-    async def ready(self):
-        async with self.house.http() as http:
-            while True:
-                assert self.process.poll() is None, "the daemon ended"
-                try:
-                    if (await http.get("/readyz")).status_code == 200:
-                        return self.house
-                except httpx.TransportError:
-                    await asyncio.sleep(0.05)
-
-    async def end(self, number):
-        self.process.send_signal(number)
-        return await asyncio.to_thread(self.process.wait, 30)
-
-
 @pytest.mark.slow
 async def test_a_killed_daemon_goes_on_with_its_sessions(checkpoint, speech, tmp_path):
     data = pcm(speech)
     async with serving(checkpoint, session=QUIET) as house:
         whole = await talk(house, speech)
-    port = free_port()
+    daemon = Daemon(tmp_path, free_port())
+    house = House(daemon.port)
+    tree = {
+        "server": {"port": daemon.port},
+        "engine": {
+            "checkpoint": checkpoint,
+            "chunk_ms": 400,
+            "lookahead_ms": 200,
+            "left_ms": 2000,
+            "device": "cpu",
+            "threads": 1,
+        },
+        "tracks": {"turns": {"onset": 0.5, "offset": 0.5, "min_on_ms": 60, "min_off_ms": 60}},
+        "session": {**QUIET, "state": str(tmp_path / "state.db"), "save_s": 0.2},
+        "sinks": {"log": {"kind": "jsonl", "path": str(tmp_path / "events.jsonl")}},
+        "log": {"level": "warning"},
+    }
     events, token, kills = [], None, 0
     while True:
-        daemon = await asyncio.to_thread(Daemon, checkpoint, tmp_path, port)
-        house = await daemon.ready()
+        await daemon.start(tree)
         query = f"&resume={token}&have=0&after={events[-1]['seq']}" if token else ""
         async with house.connect(f"/v1/audio?name=desk{query}") as socket:
             ready = json.loads(await socket.recv())
@@ -429,9 +399,10 @@ async def test_a_killed_daemon_goes_on_with_its_sessions(checkpoint, speech, tmp
                 events += [json.loads(message) async for message in socket]
                 break
             events.append(json.loads(await socket.recv()))
-            await daemon.end(signal.SIGKILL)
+            await daemon.kill()
             kills += 1
-    assert await daemon.end(signal.SIGTERM) == 0
+    await daemon.stop()
+    assert daemon.code == 0
     # The sink has it all, each event at least once and every line whole. What was said at the very
     # moment of a kill may be there twice, under two numbers.
     text = await asyncio.to_thread((tmp_path / "events.jsonl").read_text)
