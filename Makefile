@@ -3,7 +3,7 @@
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-PYTEST ?=                       # more arguments for pytest: make test PYTEST="-k turns"
+PYTEST ?=                       # more arguments for pytest: make test PYTEST="-k turns -n 0"
 BENCH  ?= encoder               # modules of benchmarks/
 
 # package:what shows that it is there:what is off without it
@@ -47,7 +47,7 @@ demo: $(VENV)/.runtime
 	@$(BIN)/livesat demo
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -34,6 +34,8 @@ class LogSettings(BaseModel):
 
         With JSON that is also where warnings go, and what is raised where nobody catches it.
         """
+        global _configured
+        _configured = self
         to_json = self.format == "json" or (
             self.format == "auto" and "JOURNAL_STREAM" in os.environ
         )
@@ -73,6 +75,14 @@ class LogSettings(BaseModel):
             logging.captureWarnings(True)
             threading.excepthook = _uncaught_in_a_thread
             sys.unraisablehook = _unraisable
+
+
+_configured: LogSettings | None = None
+
+
+def configured() -> LogSettings | None:
+    """The settings this process follows, for one it starts to follow them too."""
+    return _configured
 
 
 def complain(line: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 
 from stream.batcher import Ready
 from stream.inference import EngineError, EngineSettings, Inference, Loaded
+from stream.log import configured
 from stream.pulse import GIVE_BACK_S, few_arenas, keep_loaded, trim
 from stream.tracks.frames import Frames
 
@@ -82,7 +83,7 @@ class Worker:
 
     def open(self, settings: EngineSettings, slots: int) -> Self:
         """See `Inference`."""
-        self.loaded = self._ask("open", settings, slots)
+        self.loaded = self._ask("open", configured(), settings, slots)
         return self
 
     def step(self, batch: Sequence[Ready]) -> tuple[list[Frames], float]:
@@ -161,10 +162,12 @@ def serve(fd: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     few_arenas()
     with Connection(fd) as line, contextlib.suppress(EOFError, OSError):
-        name, given = line.recv()
+        name, (logging, settings, slots) = line.recv()
         assert name == "open", name
+        if logging is not None:
+            logging.configure()
         try:
-            inference = Inference(*given)
+            inference = Inference(settings, slots)
         except Exception as error:  # noqa: BLE001 - it is the parent's to raise
             line.send(_Raised(error))
             return

@@ -1,6 +1,8 @@
 import asyncio
 import contextlib
 import inspect
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from stream.batcher import Ready
 from stream.daemon import run
 from stream.engine import Engine
 from stream.inference import EngineError
+from stream.log import LogSettings
 from stream.worker import WorkerLost
 from tests.stream.conftest import speechlike
 from tests.stream.house import House, free_port
@@ -78,13 +81,25 @@ async def test_what_cannot_be_opened_is_said_by_the_process_and_it_ends(checkpoi
     assert await ours() == []
 
 
-async def test_what_a_process_survives_and_what_not(checkpoint):
+class Said:
+    """Whoever reads this from the line warns as a library would."""
+
+    def __reduce__(self):
+        return logging.warning, ("as a library",)
+
+
+async def test_what_a_process_survives_and_what_not(checkpoint, capfd):
+    LogSettings(format="json").configure()
     async with Engine(settings(checkpoint), apart=True) as engine:
         slot, (pid,) = engine.acquire(), await ours()
         with pytest.raises(RuntimeError, match="AttributeError") as caught:
             await engine._call(lambda: engine._inference.step(["nonsense"]))
         assert "in the model's process" in caught.value.__notes__[0]
         assert "_advance" in caught.value.__notes__[0]
+        with pytest.raises(RuntimeError):
+            await engine._call(lambda: engine._inference.load(slot, Said()))
+        *_, line = capfd.readouterr().err.splitlines()
+        assert json.loads(line)["event"] == "as a library"  # in the form its parent uses
         # A service manager or a terminal tells everybody to stop; the parent still needs answers.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
