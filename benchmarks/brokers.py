@@ -168,9 +168,9 @@ class Source:
             await asyncio.sleep(max(began + self.published / self.rate - time.monotonic(), 0))
 
 
-async def _caught_up(out: Fanout, but: float = 0) -> None:
+async def _caught_up(out: Fanout, but: float = 0, within_s: float = 120) -> None:
     """Wait until the sink has everything but so much."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(within_s):
         await until(lambda: out.statistics()["bus"].queued <= but)
 
 
@@ -249,7 +249,7 @@ async def outage(kind: str, minutes: float, rate: float, console: Console) -> bo
         await until(lambda: out.statistics()["bus"].connected)
         spent, back = time.process_time(), time.monotonic()
         had = out.statistics()["bus"].sent
-        await _caught_up(out, rate / 10)
+        await _caught_up(out, rate / 10, 120 + waiting / rate)
         took = time.monotonic() - back
         drained = (out.statistics()["bus"].sent - had) / took
         spent = (time.process_time() - spent) / (drained * took)

@@ -111,6 +111,11 @@ class Daemon:
         return self._process.pid
 
     @property
+    def mib(self) -> float:
+        """Resident memory of it and of its model's process."""
+        return sum(map(resident_mib, family(self.pid)))
+
+    @property
     def said(self) -> str:
         """Its standard error so far."""
         return (self.folder / "errors.log").read_text(errors="replace")
@@ -124,7 +129,7 @@ class Daemon:
         """Note its memory once a second, until it ends."""
         began = monotonic()
         while self._process is not None:
-            self.resident.append((monotonic() - began, resident_mib(self.pid)))
+            self.resident.append((monotonic() - began, self.mib))
             await asyncio.sleep(1.0)
 
     def least_mib(self, begin_s: float, end_s: float) -> float:
@@ -133,11 +138,9 @@ class Daemon:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory of a process and of those it started."""
-    return sum(
-        int(Path(f"/proc/{each}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
-        for each in family(pid)
-    )
+    """Resident memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def open_files(pid: int) -> int:

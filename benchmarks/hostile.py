@@ -24,7 +24,7 @@ import soundfile
 import websockets
 from rich.console import Console
 
-from benchmarks.daemon import ROOT, Daemon, free_ports, resident_mib
+from benchmarks.daemon import ROOT, Daemon, free_ports
 from benchmarks.verdict import Verdict
 
 ALONE_S = 20.0
@@ -111,7 +111,7 @@ async def measure(cases: int, console: Console) -> bool:
         async with daemon.running(tree), daemon.http() as http:
             good = asyncio.create_task(good_client(port, stop, lags))
             await asyncio.sleep(ALONE_S)
-            before, began = resident_mib(daemon.pid), time.monotonic()
+            before, began = daemon.mib, time.monotonic()
             outcomes: Counter[str] = Counter()
             rng = np.random.default_rng(1)
             left = iter(range(cases))
@@ -122,7 +122,7 @@ async def measure(cases: int, console: Console) -> bool:
 
             await asyncio.gather(*(attacker() for _ in range(AT_ONCE)))
             took = time.monotonic() - began
-            after = resident_mib(daemon.pid)
+            after = daemon.mib
             stop.set()
             await good
             status = (await http.get("/v1/status")).json()
