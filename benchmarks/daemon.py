@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -132,9 +133,13 @@ class Daemon:
             self.resident.append((monotonic() - began, self.mib))
             await asyncio.sleep(1.0)
 
-    def least_mib(self, begin_s: float, end_s: float) -> float:
-        """Its least memory in a stretch of time: what it holds between two saves, say."""
-        return min(mib for at, mib in self.resident if begin_s <= at < end_s)
+    def usual_mib(self, begin_s: float, end_s: float) -> float:
+        """Its memory in a stretch of time: the median, between saves and moments after a trim.
+
+        0 when it was not looked at.
+        """
+        found = [mib for at, mib in self.resident if begin_s <= at < end_s]
+        return median(found) if found else 0.0
 
 
 def resident_mib(pid: int) -> float:

@@ -358,7 +358,7 @@ class Buses:
 class Minute:
     """How the daemon was at the end of a minute."""
 
-    least_mib: float
+    mib: float
     history_mib: float
     files: int
     tasks: int
@@ -500,15 +500,15 @@ class Soak:
     async def _note(self, minute: int, end_s: float, daemon: Daemon, http: Any) -> None:
         status = (await http.get("/v1/status")).json()
         files = await asyncio.to_thread(open_files, daemon.pid)
-        least = daemon.least_mib(minute * 60, end_s + 2)
+        mib = daemon.usual_mib(minute * 60, end_s + 2)
         lag, p99 = self.subscriber.lag(minute)
         history = status["history_bytes"] / (1 << 20)
-        self.rows.append(Minute(least, history, files, status["tasks"], lag, p99))
+        self.rows.append(Minute(mib, history, files, status["tasks"], lag, p99))
         self.loop_p99_ms, self.faults = status["loop_p99_ms"], status["faults"]
         self.evicted = status["evicted"]
         cost = 100 * status["compute_s"] / max(status["audio_s"], 1)
         self.console.print(
-            f"minute {minute + 1}: {least:.0f} MiB, {files} files, {status['tasks']} tasks, "
+            f"minute {minute + 1}: {mib:.0f} MiB, {files} files, {status['tasks']} tasks, "
             f"lag {lag:.0f} ms (p99 {p99:.0f}), {status['streams']} streams, "
             f"{cost:.1f} % of a core a stream"
         )
@@ -516,7 +516,7 @@ class Soak:
     def _judge(self, folder: Path, senders: Senders, buses: Buses) -> bool:
         table = Table("minute", "MiB", "of them history", "files", "tasks", "lag p50", "lag p99")
         for number, row in enumerate(self.rows, 1):
-            figures = (row.least_mib, row.files, row.tasks, row.lag_ms, row.lag_p99_ms)
+            figures = (row.mib, row.files, row.tasks, row.lag_ms, row.lag_p99_ms)
             texts = [f"{each:.0f}" for each in figures]
             table.add_row(str(number), texts[0], f"{row.history_mib:.1f}", *texts[1:])
         self.console.print(table)
@@ -574,7 +574,7 @@ class Soak:
         second, last = self.rows[1], self.rows[-1]
         hours = (len(self.rows) - 2) / 60
         history = OVERHEAD * (last.history_mib - second.history_mib)
-        growth = last.least_mib - second.least_mib - history
+        growth = last.mib - second.mib - history
         bar = RESOLUTION_MIB + SLOPE_MIB_H * hours
         verdict.most("memory since minute 2, without history", growth, round(bar, 2), "MiB")
         verdict.most("open files since minute 2", last.files - second.files, 1)

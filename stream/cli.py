@@ -204,7 +204,7 @@ def run(
 
     from stream.config import load
     from stream.daemon import run as serve
-    from stream.pulse import few_arenas, keep_loaded
+    from stream.pulse import few_arenas, keep_loaded, large_alone
     from stream.sources.source import Listener
 
     settings = load(config)
@@ -214,6 +214,7 @@ def run(
         isinstance(source, Listener) or source.live for source in settings.sources.values()
     )
     if lasting:
+        large_alone()
         # A core is left to the event loop, whose calls would wait for one. Read by torch.
         ours = getattr(os, "sched_getaffinity", None)  # a container may have fewer than there are
         cores = len(ours(0)) if ours else os.cpu_count() or 1

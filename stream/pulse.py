@@ -20,7 +20,11 @@ GIVE_BACK_S: Final = 10.0
 ARENAS: Final = 2
 """glibc's pools of memory: the event loop's and one for all other threads."""
 
-_M_ARENA_MAX: Final = -8  # malloc.h
+LARGE: Final = 1 << 20
+"""Bytes of a block that is worth pages of its own."""
+
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_M_ARENA_MAX: Final = -8
 
 
 class Pulse:
@@ -71,6 +75,17 @@ def few_arenas() -> None:
     adjust = _of_libc("mallopt")
     if adjust is not None and "MALLOC_ARENA_MAX" not in os.environ:
         adjust(_M_ARENA_MAX, ARENAS)
+
+
+def large_alone() -> None:
+    """Let large blocks be pages of their own, which go back to the system when they are freed.
+
+    For a process that copies saved sessions of megabytes and computes elsewhere: the tensors of a
+    step are as large, and would cost a page fault for every 4 KiB.
+    """
+    adjust = _of_libc("mallopt")
+    if adjust is not None:
+        adjust(_M_MMAP_THRESHOLD, LARGE)
 
 
 def keep_loaded() -> None:

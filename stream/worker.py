@@ -66,7 +66,7 @@ class Worker:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # ours may be a sink's
                     pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # a terminal's Ctrl-C is for the parent
+                    process_group=0,  # a terminal's Ctrl-C is for the parent
                 )
             except OSError as error:
                 ours.close()

@@ -69,9 +69,9 @@ class LanguageModel:
                 letters = folded[:length]
                 self._begun[letters] = self._begun.get(letters, 0.0) + probability
         self._spelling = Spelling(self._written)
-        # A beam asks for the same few hundred things frame after frame.
-        self.prefix = lru_cache(1 << 14)(self._prefix)
-        self.word = lru_cache(1 << 14)(self._word)
+        # A beam asks for the same few hundred things frame after frame; more would only be kept.
+        self.prefix = lru_cache(1 << 11)(self._prefix)
+        self.word = lru_cache(1 << 11)(self._word)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -19,8 +19,8 @@ from stream.tracks.turns import Embed, Stamp, Turns, TurnsState
 from stream.tracks.voices import Gallery, Voices, VoicesState
 from stream.tracks.words import Words, WordsState
 
-AT_ONCE: Final = 5
-"""Frames that are taken at once: half a millisecond each, where a beam search decides words."""
+AT_ONCE: Final = 2
+"""Frames that are taken at once: up to 3 ms each, where a beam search decides words."""
 
 NOBODY = Gallery((), np.zeros((0, 0), np.float32))
 

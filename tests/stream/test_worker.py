@@ -103,7 +103,7 @@ async def test_what_a_process_survives_and_what_not(checkpoint, capfd):
         # A service manager or a terminal tells everybody to stop; the parent still needs answers.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
-        assert os.getsid(pid) != os.getsid(0)
+        assert os.getpgid(pid) != os.getpgid(0)
         samples = speechlike(engine.loaded.chunk_samples)
         ready = Ready(slot, 0, samples, len(samples), True)
         (frames,) = await engine.run([ready])
