@@ -134,12 +134,8 @@ class Daemon:
             await asyncio.sleep(1.0)
 
     def usual_mib(self, begin_s: float, end_s: float) -> float:
-        """Its memory in a stretch of time: the median, between saves and moments after a trim.
-
-        0 when it was not looked at.
-        """
-        found = [mib for at, mib in self.resident if begin_s <= at < end_s]
-        return median(found) if found else 0.0
+        """Its memory in a stretch of time: the median, between saves and moments after a trim."""
+        return median(mib for at, mib in self.resident if begin_s <= at < end_s)
 
 
 def resident_mib(pid: int) -> float:

@@ -28,8 +28,8 @@ POSSIBLE: Final = os.name == "posix"
 
 ENDS_WITHIN_S: Final = 5.0
 
-_PARENT: Final = "import sys; sys.path[:] = {path!r}; from stream.worker import serve; serve({fd})"
-"""What the child runs: from the same folders as its parent, and not from where it was started."""
+_CHILD: Final = "import sys; sys.path[:] = {path!r}; from stream.worker import serve; serve({fd})"
+"""What it runs: from the same folders as its parent, and not from where it was started."""
 
 
 class WorkerLost(EngineError):
@@ -57,7 +57,7 @@ class Worker:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            code = _PARENT.format(path=sys.path, fd=theirs.fileno())
+            code = _CHILD.format(path=sys.path, fd=theirs.fileno())
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -129,12 +129,10 @@ class _Raised:
     """What a call raised, without the types of torch, which the parent does not load."""
 
     def __init__(self, error: Exception) -> None:
-        known = isinstance(error, EngineError | ValueError)
-        self.kind = (
-            (EngineError if isinstance(error, EngineError) else ValueError) if known else None
-        )
-        self.text = str(error) if known else f"{type(error).__name__}: {error}"
-        self.trace = "" if known else traceback.format_exc()
+        kinds = (EngineError, ValueError)
+        self.kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        self.text = str(error) if self.kind else f"{type(error).__name__}: {error}"
+        self.trace = "" if self.kind else traceback.format_exc()
 
     def error(self) -> Exception:
         """For the parent to raise; where it came from is a note of what nobody expected."""

@@ -19,6 +19,7 @@ from stream.web.wire import Wire
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
 from tests.stream.house import House, about_audio, finals, free_port, pcm, serving, talk, until
+from tests.stream.test_daemon import config
 
 QUIET = {"heartbeat_s": 0}
 
@@ -367,21 +368,14 @@ async def test_a_killed_daemon_goes_on_with_its_sessions(checkpoint, speech, tmp
         whole = await talk(house, speech)
     daemon = Daemon(tmp_path, free_port())
     house = House(daemon.port)
-    tree = {
-        "server": {"port": daemon.port},
-        "engine": {
-            "checkpoint": checkpoint,
-            "chunk_ms": 400,
-            "lookahead_ms": 200,
-            "left_ms": 2000,
-            "device": "cpu",
-            "threads": 1,
-        },
-        "tracks": {"turns": {"onset": 0.5, "offset": 0.5, "min_on_ms": 60, "min_off_ms": 60}},
-        "session": {**QUIET, "state": str(tmp_path / "state.db"), "save_s": 0.2},
-        "sinks": {"log": {"kind": "jsonl", "path": str(tmp_path / "events.jsonl")}},
-        "log": {"level": "warning"},
-    }
+    tree = config(
+        checkpoint,
+        {},
+        {"log": {"kind": "jsonl", "path": str(tmp_path / "events.jsonl")}},
+        server={"port": daemon.port},
+        session={**QUIET, "state": str(tmp_path / "state.db"), "save_s": 0.2},
+        log={"level": "warning"},
+    ).model_dump(mode="json", exclude_unset=True)
     events, token, kills = [], None, 0
     while True:
         await daemon.start(tree)
