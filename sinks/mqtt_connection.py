@@ -206,9 +206,22 @@ class Connection(aiomqtt.Client):
         if not self._left:
             super()._on_socket_open(client, userdata, sock)
 
+    # aiomqtt looks for the number of the socket at once and watches it in a later turn of the event
+    # loop: by then the socket may be closed, and its number another's.
+
     def _on_socket_register_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:
-        if not self._left:
-            super()._on_socket_register_write(client, userdata, sock)
+        def watch() -> None:
+            if not self._left and sock.fileno() >= 0:
+                self._loop.add_writer(sock.fileno(), self._write)
+
+        self._loop.call_soon_threadsafe(watch)
+
+    def _write(self) -> None:
+        try:
+            self._client.loop_write()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the connection is broken
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     async def _abandon(self) -> None:
         """Give back what an unfinished connection would keep: socket, callbacks and a task."""

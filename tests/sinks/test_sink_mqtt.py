@@ -3,6 +3,7 @@ import gc
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from pydantic import SecretStr, ValidationError
 
 from sinks.events import parse
 from sinks.mqtt import MqttSettings, StreamState, TlsSettings, level
+from sinks.mqtt_connection import Connection
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
 from tests.broker import Broker
@@ -464,3 +466,26 @@ async def test_home_assistant_finds_a_sensor_of_every_stream(broker: Broker) -> 
         value_json={"speaking": [{"identity": "Anna", "label": "S1"}, {"label": "S2"}]}
     )
     assert names == "Anna, S2"
+
+
+async def test_a_socket_that_closed_meanwhile_is_not_watched():
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    connection = Connection(
+        "127.0.0.1",
+        1883,
+        will=("status", b"offline"),
+        client_id="box",
+        username=None,
+        password=None,
+        tls=None,
+        keepalive_s=60,
+        timeout_s=1.0,
+    )
+    one, other = socket.socketpair()
+    with other:
+        connection._on_socket_register_write(connection._client, None, one)
+        one.close()
+        for _ in range(3):
+            await asyncio.sleep(0)
+    assert complaints == []
