@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import merge
 from operator import attrgetter
+from sys import intern
 from typing import Final, Literal
 
 from sinks.events import Event, SessionClosed, SessionOpened, dump
@@ -283,8 +284,8 @@ class Feed:
         self._number += 1
         line = Line(
             self._number,
-            event.session_id,
-            event.stream_id,
+            intern(event.session_id),  # each event has a copy of its own
+            intern(event.stream_id),
             event.seq,
             event.type,
             event.is_final,

@@ -9,7 +9,7 @@ to be one (merged), a turn may turn out to be another's (split).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,12 @@ from stream.tracks.settings import SpeakersSettings, hops
 
 Vector = NDArray[np.float64]
 
+TOLD: Final = 4096
+"""Turns of one speaker that a merge or a name is told of: the latest, of a day of meetings."""
+
+HELD: Final = 128
+"""Speakers compared with a voice; beyond, who has not talked of late and least of all is gone."""
+
 
 @dataclass
 class Speaker:
@@ -27,7 +33,7 @@ class Speaker:
     Attributes:
         total: [E] sum of the shares of its turns.
         evidence: Frames of clean speech in that sum.
-        turns: Numbers of all turns that carry this label.
+        turns: Numbers of the turns that carry this label, the latest `TOLD` of them.
     """
 
     total: Vector
@@ -35,7 +41,7 @@ class Speaker:
     turns: list[int] = field(default_factory=list[int])
 
 
-@dataclass
+@dataclass(slots=True)
 class Past:
     """A turn that has a label, and what it needs to get another one.
 
@@ -404,9 +410,19 @@ class Clusters:
         return float(past.vector @ rest) / max(float(np.linalg.norm(rest)), 1e-9)
 
     def _trim(self) -> None:
-        past = self.state.past
+        """Forgets what is too old to matter, so that a session may last for months."""
+        past, speakers = self.state.past, self.state.speakers
         for number in sorted(past)[: max(0, len(past) - self.settings.history_turns)]:
             del past[number]
+        for speaker in speakers.values():
+            del speaker.turns[:-TOLD]
+        if len(speakers) > HELD:
+            recent = {item.label for item in past.values()}
+            idle = [label for label in speakers if label not in recent]
+            idle.sort(key=lambda label: speakers[label].evidence)
+            for label in idle[: len(speakers) - HELD]:
+                del speakers[label]
+                self.state.retired.append(label)
 
 
 def _sum(one: Vector, other: Vector) -> Vector:

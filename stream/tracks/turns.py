@@ -10,6 +10,7 @@ Everything advances frame by frame, so that no result depends on how frames were
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -470,7 +471,7 @@ class Turns:
         running = {run.number for run in self._told()}
         if looking is not None:
             running.add(looking.number)
-        turns = self._past_turns(label, running)
+        turns = partial(self._past_turns, label, running)
         events = self.voices.observe(label, vector, evidence, turns, self.state.cursor)
         twin = self.voices.twin(label)
         if twin is not None and twin in self.clusters.state.speakers:
@@ -504,8 +505,10 @@ class Turns:
         events = list[Event]()
         for revision in self.clusters.review():
             events.extend(self._revise(revision))
-        if self.voices is not None and ended.label in self.clusters.state.speakers:
-            events.extend(self._identify(ended.label))
+        if self.voices is not None:
+            self.voices.keep(self.clusters.state.speakers)
+            if ended.label in self.clusters.state.speakers:
+                events.extend(self._identify(ended.label))
         return events
 
     def _revise(self, revision: Revision) -> list[Event]:
@@ -556,7 +559,7 @@ class Turns:
         """A listener says who a speaker is."""
         assert self.voices is not None
         _, evidence_s = self.clusters.centroid(label)
-        turns = self._past_turns(label, {run.number for run in self._told()})
+        turns = partial(self._past_turns, label, {run.number for run in self._told()})
         return self.voices.name(label, name, evidence_s, turns, self.state.cursor)
 
     def _past_turns(self, label: int, running: set[int]) -> list[str]:

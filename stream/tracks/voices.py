@@ -1,6 +1,6 @@
 """The session's speakers → enrolled people, with an explicit unknown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ from sinks.events import Event, SpeakerIdentified, SpeakerRevised
 from stream.tracks.settings import TracksSettings
 
 Stamp = Callable[[int, int], dict[str, Any]]
+
+Turns = Callable[[], list[str]]
+"""Asked for a label's turns that are over, which are many and seldom needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +144,7 @@ class Voices:
         """[E] centred unit vector → an embedding that a gallery can hold."""
         return np.asarray(vector if self._mean is None else vector + self._mean, np.float32)
 
-    def name(
-        self, label: int, name: str, evidence_s: float, turns: list[str], now: int
-    ) -> list[Event]:
+    def name(self, label: int, name: str, evidence_s: float, turns: Turns, now: int) -> list[Event]:
         """A listener says who a label is.
 
         Args:
@@ -196,7 +197,7 @@ class Voices:
         label: int,
         vector: NDArray[np.float64],
         evidence_s: float,
-        turns: list[str],
+        turns: Turns,
         now: int,
     ) -> list[Event]:
         """Compares a label with the enrolled voices, if there is evidence enough.
@@ -225,7 +226,7 @@ class Voices:
         return self._told(label, was, evidence_s, turns, now)
 
     def _told(
-        self, label: int, was: str | None, evidence_s: float, turns: list[str], now: int
+        self, label: int, was: str | None, evidence_s: float, turns: Turns, now: int
     ) -> list[Event]:
         """The events of a label's verdict that is new."""
         verdict = self.state.verdicts[label]
@@ -239,10 +240,11 @@ class Voices:
                 **self._stamp(now, now),
             )
         ]
-        if verdict.identity != was and turns:
+        past = turns() if verdict.identity != was else []
+        if past:
             events.append(
                 SpeakerRevised(
-                    revision_of=turns,
+                    revision_of=past,
                     from_label=was or f"S{label}",
                     to_label=verdict.identity or f"S{label}",
                     reason="identified",
@@ -261,11 +263,16 @@ class Voices:
         if gone is None or not gone.given or (kept is not None and kept.given):
             return []
         self.state.verdicts[target] = gone
-        return self._told(target, None if kept is None else kept.identity, evidence_s, [], now)
+        return self._told(target, None if kept is None else kept.identity, evidence_s, list, now)
 
     def forget(self, label: int) -> None:
         """The session has no such speaker any more; the number may get another voice."""
         self.state.verdicts.pop(label, None)
+
+    def keep(self, labels: Container[int]) -> None:
+        """Forget all labels but these."""
+        for label in [each for each in self.state.verdicts if each not in labels]:
+            self.forget(label)
 
     def _judge(self, vector: NDArray[np.float64], current: str | None) -> Verdict:
         scores = self._vectors @ vector

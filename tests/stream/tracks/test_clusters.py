@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from stream.tracks import clusters as module
 from stream.tracks.clusters import Clusters
 from stream.tracks.settings import SpeakersSettings
 
@@ -104,6 +105,33 @@ def test_embeddings_are_centred():
     settings = SETTINGS.model_copy(update={"mean": (1.0, 2.0)})
     np.testing.assert_allclose(Clusters(settings).unit(np.array([4.0, 6.0])), [0.6, 0.8])
     assert not Clusters(settings).unit(np.array([1.0, 2.0])).any()
+
+
+def test_a_speaker_of_months_is_told_of_by_the_latest_turns(monkeypatch):
+    monkeypatch.setattr(module, "TOLD", 20)
+    clusters = Clusters(SETTINGS.model_copy(update={"history_turns": 16}))
+    for number in range(1, 101):
+        clusters.decide(number, PEOPLE[0], 100, {})
+        assert clusters.review() == []
+    assert clusters.state.speakers[1].turns == list(range(81, 101))
+    assert clusters.centroid(1)[1] == 200.0  # all of them count
+    assert clusters.decide(100, PEOPLE[1], 100, {}).label == 2
+    assert clusters.state.speakers[1].turns[-1] == 99
+
+
+def test_of_very_many_speakers_those_who_hardly_spoke_long_ago_are_gone(monkeypatch):
+    monkeypatch.setattr(module, "HELD", 20)
+    clusters = Clusters(SETTINGS.model_copy(update={"history_turns": 16}))
+    crowd = np.eye(120)
+    for number in range(1, 101):
+        evidence = 1000 if number == 7 else 100 + number
+        assert clusters.decide(number, crowd[number], evidence, {}).label == number
+        assert clusters.review() == []
+        assert len(clusters.state.speakers) <= 20
+    # Who talks now is there, and so is who said much; a number is never another's.
+    assert {7, *range(85, 101)} <= clusters.state.speakers.keys()
+    assert clusters.decide(101, crowd[7], 100, {}).label == 7
+    assert clusters.decide(102, crowd[3], 100, {}).label == 101
 
 
 def test_memory_is_bounded_and_turns_are_all_named():

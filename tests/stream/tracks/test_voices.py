@@ -6,7 +6,7 @@ import pytest
 from stream.tracks.frames import Frames
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
-from stream.tracks.voices import Cohort, Gallery
+from stream.tracks.voices import Cohort, Gallery, Voices
 from tests.stream.tracks.scenes import Stamper, Talk, embed, scene, voices
 
 PEOPLE = voices(8)
@@ -73,10 +73,10 @@ def test_an_identity_is_kept_until_it_is_clearly_wrong():
     near = 0.56 * PEOPLE[0] + (1 - 0.56**2) ** 0.5 * PEOPLE[1]
     below = 0.52 * PEOPLE[0] + (1 - 0.52**2) ** 0.5 * PEOPLE[1]
     far = 0.40 * PEOPLE[0] + (1 - 0.40**2) ** 0.5 * PEOPLE[1]
-    assert told(voice.observe(1, near, 3.0, [], 0)) == [("S1", "Ada")]
-    assert told(voice.observe(1, below, 3.0, [], 0)) == []
-    assert told(voice.observe(1, far, 3.0, [], 0)) == [("S1", None)]
-    assert told(voice.observe(2, below, 3.0, [], 0)) == [("S2", None)]
+    assert told(voice.observe(1, near, 3.0, list, 0)) == [("S1", "Ada")]
+    assert told(voice.observe(1, below, 3.0, list, 0)) == []
+    assert told(voice.observe(1, far, 3.0, list, 0)) == [("S1", None)]
+    assert told(voice.observe(2, below, 3.0, list, 0)) == [("S2", None)]
 
 
 def unlike_themselves():
@@ -114,6 +114,15 @@ def test_the_mean_is_taken_off_both_sides():
     gallery = Gallery(("Ada",), (PEOPLE[:1] + shift).astype(np.float32))
     events = run([Talk(0, 10, 200)], 300, gallery, config, PEOPLE + shift)
     assert told(events) == [("S1", "Ada")]
+
+
+def test_labels_that_are_gone_are_forgotten():
+    voice = Voices(SETTINGS, enrolled(("Ada", 0)), Stamper())
+    for label in (1, 2, 3):
+        voice.observe(label, PEOPLE[label - 1], 3.0, list, 0)
+    voice.keep({2: "still there"})
+    assert list(voice.state.verdicts) == [2]
+    assert voice.identity(1) is None
 
 
 def test_nobody_enrolled_nobody_told():
