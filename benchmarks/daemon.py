@@ -150,7 +150,10 @@ def open_files(pid: int) -> int:
 
 
 def family(pid: int) -> list[int]:
-    """A process and those it started."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    """A process and those it started, as far as they are there when they are looked at."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += map(int, (task / "children").read_text().split())
     return [pid, *(each for child in children for each in family(child))]

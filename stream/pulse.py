@@ -72,9 +72,8 @@ def few_arenas() -> None:
     By default glibc makes a pool for every thread, up to eight a core, and what one thread freed
     another's pool cannot use.
     """
-    adjust = _of_libc("mallopt")
-    if adjust is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        adjust(_M_ARENA_MAX, ARENAS)
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _adjust(_M_ARENA_MAX, ARENAS)
 
 
 def large_alone() -> None:
@@ -83,9 +82,7 @@ def large_alone() -> None:
     For a process that copies saved sessions of megabytes and computes elsewhere: the tensors of a
     step are as large, and would cost a page fault for every 4 KiB.
     """
-    adjust = _of_libc("mallopt")
-    if adjust is not None:
-        adjust(_M_MMAP_THRESHOLD, LARGE)
+    _adjust(_M_MMAP_THRESHOLD, LARGE)
 
 
 def keep_loaded() -> None:
@@ -98,12 +95,12 @@ def keep_loaded() -> None:
 
 
 async def give_back() -> None:
-    """Return freed memory to the system now and then, until cancelled.
+    """Return freed memory to the system now and then, until cancelled; glibc's needs it.
 
     A saved session is megabytes in a few blocks, and so is a step's work: glibc keeps such blocks
     once they are free, between others that are not, and with every new constellation more of them.
     """
-    while True:
+    while _of_libc("malloc_trim") is not None:
         await asyncio.sleep(GIVE_BACK_S)
         await asyncio.to_thread(trim)  # some milliseconds, without the interpreter's lock
 
@@ -113,6 +110,12 @@ def trim() -> None:
     give = _of_libc("malloc_trim")
     if give is not None:
         give(0)
+
+
+def _adjust(option: int, value: int) -> None:
+    adjust = _of_libc("mallopt")
+    if adjust is not None:
+        adjust(option, value)
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:
