@@ -12,7 +12,8 @@ to NATS JetStream, as far as these are installed, and to a subscriber of the fee
 
 It ends with a table of what was found beside what must hold, and with 1 if something does not.
 With ``--untimed`` it does not judge what a busy machine causes: lateness, and audio that was lost
-because nobody was in time to take it. Growth is judged from three minutes on.
+because nobody was in time to take it. Growth is judged from three minutes on, and what a daemon
+keeps for a while is bounded so that it is full by then: what grows later has no bound.
 """
 
 import argparse
@@ -61,6 +62,10 @@ LOOP_MS = 20.0
 SLOPE_MIB_H = 1.0
 RESOLUTION_MIB = 4.0
 """Pages that come and go: what a few minutes can tell of memory."""
+TURNS = 16
+"""Turns a session remembers: full within a minute, where the default takes ten."""
+PACKETS = 2048
+"""MPEG-TS packets of FFmpeg's ring: full within half a minute, where the default takes seven."""
 OVERHEAD = 1.5
 """Memory of a kept line, beside its bytes."""
 ANSWERED_S = 120.0
@@ -427,7 +432,7 @@ class Soak:
                 source = ("-stream_loop", "-1", "-i", str(MEETING))
                 form = ("-c:a", "aac", "-f", "mpegts", f"{url}?pkt_size=1316")
                 self.play = lambda: stack.enter_context(Sender(*source, *form))
-                sources["av"] = {"kind": "av", "url": url}
+                sources["av"] = {"kind": "av", "url": f"{url}?fifo_size={PACKETS}"}
             yield sources, env
 
     async def _load(
@@ -454,6 +459,7 @@ class Soak:
             },
             "fanout": {"outbox": str(folder / "outbox.db")},
             "session": {"state": str(folder / "sessions.db"), "heartbeat_s": 1},
+            "tracks": {"speakers": {"history_turns": TURNS}},
             "log": {"level": "warning"},
         }
         daemon = Daemon(folder, ports["server"])
