@@ -13,7 +13,8 @@ With ``home_assistant``, a sensor of every stream is announced under Home Assist
 prefix, retained: its state is who speaks.
 
 What is retained of a caller's stream is cleared, by an empty payload, when its session closes: the
-name may never come back. Of the configuration's own streams, and of those in ``keep``, it stays.
+name may never come back. If we end without a word it expires; while the stream goes on it is said
+again. Of the configuration's own streams, and of those in ``keep``, it stays.
 
 Events and states carry the user properties ``session_id``, ``seq`` and ``type``. ``offline`` is
 also the last will. A stream's name is percent-encoded where MQTT would take a character of it for
@@ -31,6 +32,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Final, Literal, Self
 from urllib.parse import quote
 
@@ -57,6 +59,9 @@ ONLINE: Final = b"online"
 OFFLINE: Final = b"offline"
 PORT: Final = 1883
 TLS_PORT: Final = 8883
+
+EXPIRES_S: Final = 600
+"""How long a broker keeps what is retained of a caller's stream that is heard of no more."""
 
 _WHO: Final = (
     "{% set who = namespace(names=[]) %}{% for s in value_json.speaking %}"
@@ -294,6 +299,7 @@ class MqttSink:
         # Bound: streams with an open session, and those that are kept.
         self._announced: set[str] = set()
         self._streams: dict[str, _Stream] = {}
+        self._repeat: dict[str, float] = {}  # a caller's stream → when, in monotonic seconds
         self._denied: set[str] = set()
 
     async def send(self, event: Event) -> None:
@@ -307,9 +313,15 @@ class MqttSink:
             Rejected: the broker refused the event.
         """
         stream = f"{self._base}/{level(event.stream_id)}"
-        if isinstance(event, SessionClosed) and event.stream_id not in self._keep:
+        caller = event.stream_id not in self._keep
+        if isinstance(event, SessionClosed) and caller:
             await self._clear(stream, event)
         else:
+            if caller and monotonic() >= self._repeat.get(event.stream_id, 0.0):
+                self._repeat[event.stream_id] = monotonic() + EXPIRES_S / 2
+                self._announced.discard(event.stream_id)
+                if event.stream_id in self._streams:
+                    self._streams[event.stream_id].told = None
             if self._discovery is not None and event.stream_id not in self._announced:
                 await self._announce(self._discovery, stream, event)
             await self._tell_state(f"{stream}/state", event)
@@ -369,6 +381,7 @@ class MqttSink:
             await self._retain(topic, b"", event)
         self._announced.discard(event.stream_id)
         self._streams.pop(event.stream_id, None)
+        self._repeat.pop(event.stream_id, None)
         self._denied.difference_update(topics)
 
     async def _tell_state(self, topic: str, event: Event) -> None:
@@ -410,6 +423,13 @@ class MqttSink:
             ("seq", str(event.seq)),
             ("type", event.type),
         ]
+        passing = retain and event.stream_id not in self._keep
         await self._connection.deliver(
-            topic, payload, qos=qos, retain=retain, content_type="application/json", user=user
+            topic,
+            payload,
+            qos=qos,
+            retain=retain,
+            content_type="application/json",
+            user=user,
+            expires_s=EXPIRES_S if passing else None,
         )

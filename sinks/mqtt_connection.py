@@ -123,6 +123,7 @@ class Connection(aiomqtt.Client):
         retain: bool,
         content_type: str,
         user: list[tuple[str, str]],
+        expires_s: int | None = None,
     ) -> None:
         """Publish, and with QoS 1 wait until the broker has acknowledged.
 
@@ -133,6 +134,7 @@ class Connection(aiomqtt.Client):
             retain: keep it for subscribers who come later.
             content_type: MIME type of the payload.
             user: user properties.
+            expires_s: the broker keeps it no longer than this.
 
         Raises:
             Disconnected: the connection is gone, or the broker did not answer in time.
@@ -142,7 +144,7 @@ class Connection(aiomqtt.Client):
         if self._disconnected.done():
             raise Disconnected(self._why())
         self._refusal = None
-        properties = _properties(content_type, user)
+        properties = _properties(content_type, user, expires_s)
         size = _HEADER + len(topic.encode()) + len(properties.pack()) + len(payload)
         if self._largest is not None and size > self._largest:
             # It would hang up, and again at every attempt.
@@ -239,10 +241,14 @@ class Connection(aiomqtt.Client):
             await asyncio.wait((self._misc_task,))
 
 
-def _properties(content_type: str, user: list[tuple[str, str]]) -> Properties:
+def _properties(
+    content_type: str, user: list[tuple[str, str]], expires_s: int | None
+) -> Properties:
     made: Any = Properties(PacketTypes.PUBLISH)
     made.PayloadFormatIndicator = 1  # UTF-8
     made.ContentType = content_type
     if user:
         made.UserProperty = user
+    if expires_s is not None:
+        made.MessageExpiryInterval = expires_s
     return made

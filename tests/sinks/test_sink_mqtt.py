@@ -19,6 +19,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from pydantic import SecretStr, ValidationError
 
+from sinks import mqtt as module
 from sinks.events import parse
 from sinks.mqtt import MqttSettings, StreamState, TlsSettings, level
 from sinks.mqtt_connection import Connection
@@ -161,6 +162,34 @@ async def test_nothing_stays_of_a_caller_whose_session_has_closed(broker: Broker
         "livesat/v1/box/status",
         "livesat/v1/box/talk/state",
     ]
+
+
+async def test_what_is_retained_of_a_caller_expires_unless_it_is_said_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    caller, own = Talk("s1", "caller"), Talk("s2", "talk")
+    at_home = settings(broker, home_assistant=True, keep=("talk",), partials=False)
+    async with subscriber(broker, "#") as client, at_home.open() as sink:
+        for event in (caller.opened(), own.opened(), caller.warning()):
+            await sink.send(event)
+        now += module.EXPIRES_S / 2
+        for event in (caller.warning(), own.warning(), own.closed()):
+            await sink.send(event)
+        heard = await receive(client, 1 + 3 + 3 + 1 + 3 + 1 + 2)
+    expiries: dict[str, list[int | None]] = {}
+    for message in heard[1:]:
+        topic = message.topic.value
+        expiry = getattr(message.properties, "MessageExpiryInterval", None)
+        if not ("/event/" in topic and expiry is None):
+            expiries.setdefault(topic, []).append(expiry)
+    assert expiries == {
+        "homeassistant/sensor/livesat_v1_box/livesat__caller/config": [600, 600],
+        "livesat/v1/box/caller/state": [600, 600],
+        "homeassistant/sensor/livesat_v1_box/livesat__talk/config": [None],
+        "livesat/v1/box/talk/state": [None, None],
+    }
 
 
 async def test_a_sensor_that_is_denied_costs_no_event(
