@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.state import Window
 from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
 from recipes.export import load_student
+from recipes.grow import start_from
 from recipes.loop import ALONE, World, average_gradients, device_of, ramp, train, world
 from recipes.objectives import (
     VoiceTargets,
@@ -66,7 +67,8 @@ class Finetune(Settings):
         campplus: the teacher's state dict: its last layer starts ours; none, and it is random.
         run: folder of the checkpoint and the log.
         start: exported folder or checkpoint whose weights the run starts from, but for the x-vector
-            head's last layer, which starts from the teacher; none, and it starts anew.
+            head's last layer, which starts from the teacher; none, and it starts anew. Layers that
+            it does not have begin as the identity.
         first_step: number of the first step from there.
         seed: of everything.
         steps: length of the run.
@@ -304,7 +306,7 @@ class Run:
         if settings.start is None:
             start_voice(self.student, self.targets)
         else:
-            self.student.load_state_dict(load_student(settings.start).state_dict())
+            start_from(self.student, load_student(settings.start))
         if settings.campplus is not None:
             start_from_teacher(self.student, self.targets, settings.campplus)
         for module in (self.student, self.mel, self.content):
