@@ -38,8 +38,8 @@ from stream.tracks.voices import Gallery
 Stamp = Callable[[int, int], dict[str, Any]]
 """(start, end) in samples → the envelope's fields of one event; consumes its `seq`."""
 
-_REMEMBERED: Final = 4096
-"""Capture times kept: minutes of blocks. An older sample's is extrapolated from the oldest."""
+_REMEMBERED: Final = 1024
+"""Capture times kept: twenty seconds of the shortest blocks. An older sample's is extrapolated."""
 
 
 _LENGTHS: Final = struct.Struct("<3q")
