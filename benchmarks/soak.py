@@ -64,8 +64,8 @@ RESOLUTION_MIB = 4.0
 """Pages that come and go: what a few minutes can tell of memory."""
 TURNS = 16
 """Turns a session remembers: full within a minute, where the default takes ten."""
-PACKETS = 2048
-"""MPEG-TS packets of FFmpeg's ring: full within half a minute, where the default takes seven."""
+FFMPEG = {"fifo_size": "2048", "probesize": "300000"}
+"""Packets of its ring, bytes it looks at: full within half a minute, the defaults take eight."""
 OVERHEAD = 1.5
 """Memory of a kept line, beside its bytes."""
 ANSWERED_S = 120.0
@@ -432,7 +432,7 @@ class Soak:
                 source = ("-stream_loop", "-1", "-i", str(MEETING))
                 form = ("-c:a", "aac", "-f", "mpegts", f"{url}?pkt_size=1316")
                 self.play = lambda: stack.enter_context(Sender(*source, *form))
-                sources["av"] = {"kind": "av", "url": f"{url}?fifo_size={PACKETS}"}
+                sources["av"] = {"kind": "av", "url": url, "options": FFMPEG}
             yield sources, env
 
     async def _load(
