@@ -21,13 +21,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
-from operator import attrgetter
 from time import monotonic, time
 from typing import Final
 
 import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from sinks.events import Event, Latency
 from stream import clock
@@ -35,7 +33,7 @@ from stream.batcher import Batcher, Batches, Ready
 from stream.chunker import Chunker
 from stream.config import Config, ConfigError
 from stream.engine import Engine, EngineFull
-from stream.enrolment import LEAST_S
+from stream.enrolled import Enrolled
 from stream.fanout import Fanout
 from stream.feed import Entry, Feed
 from stream.inference import EngineError
@@ -47,10 +45,9 @@ from stream.sources.apart import Apart, Multichannel
 from stream.sources.line import Line
 from stream.sources.source import Block, Listener, Resumed, Returns, Source, SourceError
 from stream.supervisor import Supervisor
-from stream.survival import AHEAD, Survival, Survivor
+from stream.survival import AHEAD, Lobby, Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.tracks.pipeline import NOBODY
-from stream.voiceprints import VoiceprintError, Voiceprints, default_path
 
 log = structlog.get_logger(__name__)
 
@@ -202,7 +199,7 @@ async def run(
             house.engine.loaded.language_file,
             house.engine.loaded.vocabulary,
         )
-        house.gallery = await asyncio.to_thread(_gallery, config, house.engine)
+        house.gallery = await asyncio.to_thread(house.enrolled.gallery)
         await house.find_survivors(stack)
         house.fanout = await stack.enter_async_context(
             Fanout(config.sinks, config.fanout, fail_fast=fail_fast, trouble=house.trouble)
@@ -273,9 +270,7 @@ class House:
     _troubles: asyncio.Queue[tuple[str, str | None]] = field(
         default_factory=asyncio.Queue[tuple[str, str | None]]
     )
-    survivors: dict[str, Survivor] = field(default_factory=dict[str, Survivor])
-    """Sessions of an earlier process that nobody has gone on with yet, by resume token."""
-    _given_back: asyncio.Event = field(default_factory=asyncio.Event)
+    lobby: Lobby = field(init=False)
     _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One session is saved at a time: each is megabytes, in several copies until it is written."""
     _computing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -332,7 +327,8 @@ class House:
                 group.create_task(give_back(), name="memory"),
             ]
             if self.survival is not None:
-                beside.append(group.create_task(self._close_unclaimed(), name="unclaimed"))
+                closing = self._close_unclaimed(self.survival)
+                beside.append(group.create_task(closing, name="unclaimed"))
             if reload is not None:
                 beside.append(group.create_task(self._reload(reload), name="reload"))
             self._tell_ready()
@@ -415,11 +411,10 @@ class House:
         Raises:
             SurvivalError: it cannot be used.
         """
-        settings = self.config.session
-        if settings.state is None:
-            return
-        self.survival, found = await stack.enter_async_context(Survival.open(settings.state))
-        self.survivors = {survivor.token: survivor for survivor in found}
+        found: list[Survivor] = []
+        if (path := self.config.session.state) is not None:
+            self.survival, found = await stack.enter_async_context(Survival.open(path))
+        self.lobby = Lobby(found, lambda: self.resume_s)
         if found:
             log.info("open sessions found", sessions=len(found))
 
@@ -485,14 +480,20 @@ class House:
             raise LookupError(f"session {session_id} has no speaker {label}")
         if enrol:
             embedding, evidence_s = tracks.profile(number)
-            await asyncio.to_thread(self._enrol, name, embedding, evidence_s, session_id)
+            consent = f"named and enrolled by a listener of session {session_id}"
+            await asyncio.to_thread(self.enrolled.add, name, embedding, evidence_s, consent)
             await self.look_again()
         await self._emit(live, partial(live.session.name_speaker, number, name))
         live.saved = -inf  # no audio brings a name back: save it soon
 
     async def voices(self) -> list[str]:
         """See `Desk.voices`."""
-        return await asyncio.to_thread(self._voice_names)
+        return await asyncio.to_thread(self.enrolled.names)
+
+    @property
+    def enrolled(self) -> Enrolled:
+        """The people to look for, by the configuration as it is now."""
+        return Enrolled(self.config.voiceprints, self.engine.loaded)
 
     async def look_again(self) -> None:
         """Read the enrolled voices again: every open session looks for them from now on.
@@ -500,74 +501,29 @@ class House:
         Raises:
             VoiceprintError: they cannot be read.
         """
-        self.gallery = await asyncio.to_thread(_gallery, self.config, self.engine)
+        self.gallery = await asyncio.to_thread(self.enrolled.gallery)
         for live in self.live.values():
             live.session.tracks.look_for(self.gallery or NOBODY)
 
-    def _enrol(
-        self, name: str, embedding: NDArray[np.float32], evidence_s: float, session_id: str
-    ) -> None:
-        """Keep a live speaker's voice; blocks."""
-        if self.engine.loaded.voice_id is None:
-            raise VoiceprintError("no speaker head is loaded: there is no voice to keep")
-        if evidence_s < LEAST_S:
-            raise VoiceprintError(
-                f"{name}: {evidence_s:.1f} s of clean speech so far; "
-                f"expected at least {LEAST_S:.0f} s"
-            )
-        with Voiceprints.open(self.config.voiceprints or default_path()) as store:
-            store.add(
-                name,
-                embedding,
-                checkpoint=self.engine.loaded.voice_id,
-                evidence_s=evidence_s,
-                consent=f"named and enrolled by a listener of session {session_id}",
-            )
-
-    def _voice_names(self) -> list[str]:
-        path = self.config.voiceprints or default_path()
-        if not path.is_file():
-            return []
-        with Voiceprints.open(path) as store:
-            return [voice.name for voice in store.voices()]
-
     def claim(self, token: str) -> Survivor | None:
-        """The session of an earlier process with this token, if it can go on; only once."""
-        survivor = self.survivors.get(token)
-        if survivor is None or self._left_s(survivor) < 0:
-            return None
-        return self.survivors.pop(token)
+        """See `Desk.claim`."""
+        return self.lobby.claim(token)
 
     def give_back(self, survivor: Survivor) -> None:
         """See `Desk.give_back`."""
-        self.survivors[survivor.token] = survivor
-        self._given_back.set()
+        self.lobby.give_back(survivor)
 
-    def _left_s(self, survivor: Survivor) -> float:
-        """How long a session of an earlier process still waits; less than 0: no more."""
-        return survivor.saved + self.config.session.resume_s - time()
-
-    async def _close_unclaimed(self) -> None:
+    async def _close_unclaimed(self, survival: Survival) -> None:
         """End the sessions of an earlier process that nobody has gone on with in time."""
         while True:
-            if not self.survivors:
-                self._given_back.clear()
-                await self._given_back.wait()
-                continue
-            oldest = min(self.survivors.values(), key=attrgetter("saved"))
-            left_s = self._left_s(oldest)
-            if left_s > 0:
-                await asyncio.sleep(min(left_s, 1.0))  # the clock on the wall may be set
-                continue
-            del self.survivors[oldest.token]
-            line = Line(oldest.source)
+            late = await self.lobby.late()
+            line = Line(late.source)
             line.end()
             try:
-                await self.stream(oldest.stream, line, resume=oldest.resumed())
+                await self.stream(late.stream, line, resume=late.resumed())
             except (SourceError, EngineFull) as error:
-                log.warning("session lost", session=oldest.session_id, error=str(error))
-                if self.survival is not None:
-                    self.survival.forget(oldest.session_id)
+                log.warning("session lost", session=late.session_id, error=str(error))
+                survival.forget(late.session_id)
 
     async def _hear(self, name: str, source: Source, blocks: AsyncIterator[Block]) -> None:
         """A source of the configuration, already open."""
@@ -576,14 +532,6 @@ class House:
             await self._session_over(name, source, blocks, slot, None, returns="name")
         finally:
             self.engine.release(slot)
-
-    def _survivor_of(self, name: str) -> Resumed | None:
-        for token, survivor in self.survivors.items():
-            in_time = self._left_s(survivor) >= 0
-            if survivor.stream == name and not survivor.called and in_time:
-                del self.survivors[token]
-                return survivor.resumed()
-        return None
 
     async def _session_over(
         self,
@@ -602,8 +550,8 @@ class House:
         One of the configuration goes on by its name, and why it failed is kept in `failures`.
         """
         called = returns != "name"
-        if not called:
-            resume = self._survivor_of(name)
+        if not called and (survivor := self.lobby.claim_source(name)) is not None:
+            resume = survivor.resumed()
         session = self._session(name, source, slot, resume)
         live = Live(session, source.name, called, source.live and returns != "never", tap)
         live.saved -= max(self.config.session.save_s - FIRST_S, 0)
@@ -922,17 +870,6 @@ def _thresholds(config: Config, engine: Engine) -> TracksSettings:
         return measured.over(config.tracks.model_dump(exclude_unset=True))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _gallery(config: Config, engine: Engine) -> Gallery | None:
-    """The enrolled voices to look for; blocks."""
-    path = config.voiceprints or default_path()
-    if engine.loaded.voice_id is None or (config.voiceprints is None and not path.is_file()):
-        return None
-    with Voiceprints.open(path) as store:
-        # Voices of another checkpoint are an error only where the user asked for this file.
-        gallery = store.gallery(engine.loaded.voice_id, strict=config.voiceprints is not None)
-    return replace(gallery, cohort=engine.loaded.cohort)
 
 
 @contextmanager

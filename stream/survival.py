@@ -12,10 +12,12 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from time import time
 from typing import Any, Final
 
 import structlog
@@ -118,6 +120,54 @@ class Survivor:
             self.saved,
             self.data,
         )
+
+
+class Lobby:
+    """Survivors that nobody has gone on with yet; each goes out once.
+
+    Args:
+        found: They.
+        resume_s: Asked how many seconds they wait from when they were saved.
+    """
+
+    def __init__(self, found: Iterable[Survivor], resume_s: Callable[[], float]) -> None:
+        self._waiting = {survivor.token: survivor for survivor in found}
+        self._resume_s = resume_s
+        self._given_back = asyncio.Event()
+
+    def claim(self, token: str) -> Survivor | None:
+        """The one with this resume token, if it still waits."""
+        survivor = self._waiting.get(token)
+        if survivor is None or self._left_s(survivor) < 0:
+            return None
+        return self._waiting.pop(token)
+
+    def claim_source(self, stream: str) -> Survivor | None:
+        """The one of the configuration's source of this name, if it still waits."""
+        for survivor in self._waiting.values():
+            if survivor.stream == stream and not survivor.called and self._left_s(survivor) >= 0:
+                return self._waiting.pop(survivor.token)
+        return None
+
+    def give_back(self, survivor: Survivor) -> None:
+        """What was claimed cannot go on now; it may be claimed again."""
+        self._waiting[survivor.token] = survivor
+        self._given_back.set()
+
+    async def late(self) -> Survivor:
+        """Wait until nobody has come in time for one: it waits no more."""
+        while True:
+            if not self._waiting:
+                self._given_back.clear()
+                await self._given_back.wait()
+            oldest = min(self._waiting.values(), key=attrgetter("saved"))
+            left_s = self._left_s(oldest)
+            if left_s <= 0:
+                return self._waiting.pop(oldest.token)
+            await asyncio.sleep(min(left_s, 1.0))  # the clock on the wall may be set
+
+    def _left_s(self, survivor: Survivor) -> float:
+        return survivor.saved + self._resume_s() - time()
 
 
 class Survival:

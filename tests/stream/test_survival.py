@@ -4,6 +4,7 @@ import json
 import pkgutil
 import sqlite3
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from websockets.exceptions import ConnectionClosedError
 from benchmarks.daemon import Daemon
 from sinks.events import dump
 from stream.clock import SAMPLE_RATE
-from stream.survival import AHEAD, Survival, SurvivalError, Survivor
+from stream.survival import AHEAD, Lobby, Survival, SurvivalError, Survivor
 from stream.web.wire import Wire
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
@@ -403,6 +404,36 @@ async def test_a_killed_daemon_goes_on_with_its_sessions(checkpoint, speech, tmp
     written = by_number(*map(json.loads, text.splitlines()))
     said = about_audio([written[seq] for seq in sorted(written)])
     assert [e for n, e in enumerate(said) if e not in said[:n]] == about_audio(whole)
+
+
+class TestLobby:
+    @staticmethod
+    def waiting(token, *, saved, called=True):
+        return Survivor(token, "desk", token, "mic", called, 0, 0, saved, 0, b"")
+
+    async def test_each_goes_out_once_to_whom_it_belongs(self):
+        now = time.time()
+        caller, own = self.waiting("a", saved=now), self.waiting("b", saved=now, called=False)
+        lobby = Lobby([caller, own, self.waiting("late", saved=now - 99)], lambda: 60)
+        assert lobby.claim("nobody") is None
+        assert lobby.claim("late") is None
+        assert lobby.claim_source("desk") is own  # a caller's has the name too
+        assert lobby.claim_source("desk") is None
+        assert lobby.claim("a") is caller
+        assert lobby.claim("a") is None
+        lobby.give_back(caller)
+        assert lobby.claim("a") is caller
+
+    async def test_who_is_late_comes_out_oldest_first_and_so_does_one_given_back(self):
+        now = time.time()
+        older, newer = (self.waiting(name, saved=now - age) for name, age in (("a", 9), ("b", 7)))
+        lobby = Lobby([newer, older], lambda: 5)
+        assert [await lobby.late(), await lobby.late()] == [older, newer]
+        waiting = asyncio.create_task(lobby.late())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        lobby.give_back(newer)
+        assert await waiting is newer
 
 
 class TestFile:
