@@ -48,6 +48,7 @@ from stream.supervisor import Supervisor
 from stream.survival import AHEAD, Lobby, Survival, Survivor
 from stream.tracks import Gallery, LanguageModel, Tracks, TracksSettings, open_language_model
 from stream.tracks.pipeline import NOBODY
+from stream.voiceprints import VoiceprintError
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,9 @@ RELOADED: Final = ("tracks", "session", "voiceprints", "log")
 
 FIRST_S: Final = 1.0
 """Age at which a session is saved for the first time: before that it does not outlive a kill."""
+
+VOICES_S: Final = 10.0
+"""How often the file of enrolled voices is looked at."""
 
 _NOTHING: Final = np.zeros(0, np.float32)
 
@@ -325,6 +329,7 @@ class House:
                 group.create_task(self._tell_of_trouble(), name="trouble"),
                 group.create_task(self.pulse.beat(), name="pulse"),
                 group.create_task(give_back(), name="memory"),
+                group.create_task(self._keep_looking(), name="voices"),
             ]
             if self.survival is not None:
                 closing = self._close_unclaimed(self.survival)
@@ -391,6 +396,8 @@ class House:
                     if getattr(given, key) != getattr(self.config, key)
                 ]
                 kept = [key for key in changed if key not in RELOADED]
+                if given.session.state != self.config.session.state:
+                    kept.append("session.state")  # the open file is used to the end
                 self.config = self.config.model_copy(
                     update={key: getattr(given, key) for key in changed if key in RELOADED}
                 )
@@ -501,9 +508,25 @@ class House:
         Raises:
             VoiceprintError: they cannot be read.
         """
-        self.gallery = await asyncio.to_thread(self.enrolled.gallery)
+        gallery = await asyncio.to_thread(self.enrolled.gallery)
+        if gallery is self.gallery or (gallery is not None and gallery.same(self.gallery)):
+            return
+        self.gallery = gallery
         for live in self.live.values():
-            live.session.tracks.look_for(self.gallery or NOBODY)
+            live.session.tracks.look_for(gallery or NOBODY)
+
+    async def _keep_looking(self) -> None:
+        """Voices come, are forgotten and expire while we run; other programs write the file."""
+        failure = ""
+        while True:
+            await asyncio.sleep(VOICES_S)
+            try:
+                await self.look_again()
+                failure = ""
+            except VoiceprintError as error:
+                if str(error) != failure:
+                    failure = str(error)
+                    log.error("enrolled voices not read", error=failure)  # noqa: TRY400 - one line
 
     def claim(self, token: str) -> Survivor | None:
         """See `Desk.claim`."""

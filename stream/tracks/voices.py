@@ -30,6 +30,15 @@ class Gallery:
     vectors: NDArray[np.float32]
     cohort: NDArray[np.float32] | None = None
 
+    def same(self, other: "Gallery | None") -> bool:
+        """Whether these are the same people with the same voices, beside the same cohort."""
+        return (
+            other is not None
+            and self.names == other.names
+            and np.array_equal(self.vectors, other.vectors)
+            and self.cohort is other.cohort
+        )
+
 
 @dataclass
 class Verdict:
@@ -202,6 +211,8 @@ class Voices:
     ) -> list[Event]:
         """Compares a label with the enrolled voices, if there is evidence enough.
 
+        Who is enrolled no longer is unknown from here on.
+
         Args:
             label: Number of the speaker.
             vector: [E] centred unit vector of all its speech.
@@ -213,16 +224,18 @@ class Voices:
             speaker.identified when the label is decided for the first time or otherwise, then
             speaker.revised for its past turns if it got a name, or lost one.
         """
-        if not self._names or evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
+        if evidence_s * 1000 < self.settings.evidence_ms or not vector.size:
             return []
         before = self.state.verdicts.get(label)
         if before is not None and before.given:
             return []
-        verdict = self._judge(vector, None if before is None else before.identity)
-        self.state.verdicts[label] = verdict
-        if before is not None and before.identity == verdict.identity:
-            return []
         was = None if before is None else before.identity
+        if not self._names and was is None:
+            return []
+        verdict = self._judge(vector, was) if self._names else Verdict(None, 0.0, 0.0)
+        self.state.verdicts[label] = verdict
+        if before is not None and was == verdict.identity:
+            return []
         return self._told(label, was, evidence_s, turns, now)
 
     def _told(

@@ -21,7 +21,8 @@ def run(talks, length, gallery, config=SETTINGS, people=PEOPLE):
 
 def enrolled(*who):
     names = tuple(name for name, _ in who)
-    return Gallery(names, 3 * np.array([PEOPLE[v] for _, v in who], np.float32))
+    vectors = np.array([PEOPLE[v] for _, v in who], np.float32).reshape(len(who), PEOPLE.shape[1])
+    return Gallery(names, 3 * vectors)
 
 
 def told(events):
@@ -114,6 +115,22 @@ def test_the_mean_is_taken_off_both_sides():
     gallery = Gallery(("Ada",), (PEOPLE[:1] + shift).astype(np.float32))
     events = run([Talk(0, 10, 200)], 300, gallery, config, PEOPLE + shift)
     assert told(events) == [("S1", "Ada")]
+
+
+def test_who_is_enrolled_no_longer_is_unknown_from_then_on():
+    voice = Voices(SETTINGS, enrolled(("Ada", 0), ("Bo", 1)), Stamper())
+    assert told(voice.observe(1, PEOPLE[0], 3.0, list, 0)) == [("S1", "Ada")]
+    assert told(voice.observe(2, PEOPLE[1], 3.0, list, 0)) == [("S2", "Bo")]
+    voice.name(3, "Cy", 3.0, list, 0)
+    voice.look_for(enrolled(("Bo", 1)))
+    events = voice.observe(1, PEOPLE[0], 3.0, lambda: ["T1"], 0)
+    assert told(events) == [("S1", None)]
+    assert [(e.from_label, e.to_label, e.revision_of) for e in events[1:]] == [("Ada", "S1", ["T1"])]
+    voice.look_for(enrolled())
+    assert told(voice.observe(2, PEOPLE[1], 3.0, list, 0)) == [("S2", None)]
+    for label in (1, 2, 3, 4):  # said once; what a listener said stays
+        assert voice.observe(label, PEOPLE[label], 3.0, list, 0) == []
+    assert voice.identity(3) == "Cy"
 
 
 def test_labels_that_are_gone_are_forgotten():
