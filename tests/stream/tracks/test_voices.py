@@ -125,7 +125,9 @@ def test_who_is_enrolled_no_longer_is_unknown_from_then_on():
     voice.look_for(enrolled(("Bo", 1)))
     events = voice.observe(1, PEOPLE[0], 3.0, lambda: ["T1"], 0)
     assert told(events) == [("S1", None)]
-    assert [(e.from_label, e.to_label, e.revision_of) for e in events[1:]] == [("Ada", "S1", ["T1"])]
+    assert [(e.from_label, e.to_label, e.revision_of) for e in events[1:]] == [
+        ("Ada", "S1", ["T1"])
+    ]
     voice.look_for(enrolled())
     assert told(voice.observe(2, PEOPLE[1], 3.0, list, 0)) == [("S2", None)]
     for label in (1, 2, 3, 4):  # said once; what a listener said stays
