@@ -9,7 +9,7 @@ the sink raises           then
 ========================  ===========================================================
 `Disconnected`, OSError   it is opened again after a back-off, and the event sent again
 `SinkError`               the event is sent again after a back-off, without end
-`Rejected`, any other     sent again a few times, then set aside and counted
+`Rejected`, any other     sent again a few times, then alone, then set aside and counted
 ========================  ===========================================================
 
 A partial that failed once is dropped: by the time it could be repeated it is out of date.
@@ -156,6 +156,19 @@ class Spool:
         """What is under way is delivered or set aside: forget it."""
         assert self._under_way, "settled what was not taken"
         self._under_way.clear()
+
+    def narrow(self) -> int:
+        """Of the finals under way only the first stays so: the others wait again, before the rest.
+
+        Returns:
+            How many were.
+        """
+        first, *others = self._under_way.items()
+        for key, event in reversed(others):
+            self._waiting[key] = event
+            self._waiting.move_to_end(key, last=False)
+        self._under_way = dict([first])
+        return 1 + len(others)
 
     def drop(self) -> bool:
         """Drop the partials under way.
@@ -438,11 +451,12 @@ class Lane:
         lost = asyncio.ensure_future(sink.lost()) if isinstance(sink, Watched) else None
         try:
             attempts = 0
+            alone = 0  # so many of what was refused together are offered one by one
             limit = sink.limit if isinstance(sink, Batched) else 1
             while True:
                 if self._spool.hungry:
                     await self._spool.refill()
-                events = self._spool.take(limit)
+                events = self._spool.take(1 if alone else limit)
                 if not events:
                     if self._closing.is_set():
                         return
@@ -463,12 +477,17 @@ class Lane:
                     if self._spool.drop():
                         attempts = 0
                     elif not endless and attempts >= self._settings.reject_attempts:
-                        self._set_aside(events)
                         attempts = 0
-                        limit = 1  # of what was refused together, most may be welcome alone
+                        together = self._spool.narrow()
+                        if together > 1:
+                            alone = together
+                        else:
+                            alone = max(alone - 1, 0)
+                            self._set_aside(events)
                     await self._back_off()
                 else:
                     attempts = self._failures = 0
+                    alone = max(alone - 1, 0)
                     self._statistics.sent += len(events)
                     self._spool.settle()
                     self._well()
