@@ -52,6 +52,13 @@ class NatsSettings(EnvelopeSettings, frozen=True):
     token: SecretStr | None = None
     credentials: Path | None = Field(default=None, description="A .creds file.")
     timeout_s: float = Field(default=5.0, gt=0, description="How long the server may take.")
+    in_flight: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Events on their way at once. One by one their order is certain; more are for "
+        "a distant server, and a cluster that changes its leader then may store them in another.",
+    )
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator["NatsSink"]:
@@ -158,6 +165,25 @@ class NatsSink:
     ) -> None:
         self._settings, self._client, self._stream, self._lost = settings, client, stream, lost
         self._denied = denied  # what the server has said last of our rights
+
+    @property
+    def limit(self) -> int:
+        """Events that wait for their acknowledgement together."""
+        return self._settings.in_flight
+
+    async def send_many(self, events: Sequence[Event]) -> None:
+        """Deliver several, each on its way before the first is acknowledged.
+
+        What was stored is known by its id when all of them are sent again.
+
+        Raises:
+            SinkError: as `send`, of the first that failed.
+        """
+        # Tasks begin in order, and each writes its event before it waits for anything.
+        told = await asyncio.gather(*map(self.send, events), return_exceptions=True)
+        for error in told:
+            if error is not None:
+                raise error
 
     async def send(self, event: Event) -> None:
         """Deliver one event; a final is stored when this returns.

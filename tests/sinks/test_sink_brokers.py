@@ -66,9 +66,13 @@ def on(server: Server, **more: Any) -> NatsSettings:
 
 @pytest.mark.broker
 class TestNats:
-    async def test_finals_are_stored_in_order_and_once(self, jetstream: Server) -> None:
+    @pytest.mark.parametrize("in_flight", [1, 8])
+    async def test_finals_are_stored_in_order_and_once(
+        self, jetstream: Server, in_flight: int
+    ) -> None:
         sent = list(Talk(stream_id="a.b").every_type())
-        async with Fanout({"nats": on(jetstream)}, FAST, fail_fast=True) as out:
+        settings = on(jetstream, in_flight=in_flight)
+        async with Fanout({"nats": settings}, FAST, fail_fast=True) as out:
             for event in sent:
                 await out.publish(event)
         async with on(jetstream).open() as sink:  # again: dropped by their ids
@@ -81,10 +85,12 @@ class TestNats:
         wanted = [f"livesat.v1.box.a_b.event.{event.type.replace('.', '_')}" for event in finals]
         assert subjects == wanted
 
-    async def test_a_killed_server_costs_nothing(self, jetstream: Server) -> None:
+    @pytest.mark.parametrize("in_flight", [1, 8])
+    async def test_a_killed_server_costs_nothing(self, jetstream: Server, in_flight: int) -> None:
         talk = Talk()
         sent = [talk.warning() for _ in range(60)]
-        async with Fanout({"nats": on(jetstream, timeout_s=1)}, FAST) as out:
+        settings = on(jetstream, timeout_s=1, in_flight=in_flight)
+        async with Fanout({"nats": settings}, FAST) as out:
             for number, event in enumerate(sent):
                 await out.publish(event)
                 if number in {15, 35}:
