@@ -34,6 +34,12 @@ def test_a_broker_that_dies_and_hangs_costs_no_final():
     assert "finals not stored" in said
 
 
+@pytest.mark.slow
+def test_a_broker_that_is_away_costs_no_final_and_little_memory():
+    said = benchmark("brokers", "outage", "--minutes", "0.1", "--untimed")
+    assert "growth of memory" in said
+
+
 def test_what_is_not_within_its_bar_fails_and_is_named():
     verdict = Verdict("a run")
     verdict.most("growth", 3.5, 4, "MiB")
