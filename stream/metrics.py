@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,9 +25,7 @@ class Histogram:
         """Count one value."""
         self.count += 1
         self.total += value
-        self._buckets[
-            0 if value <= _LEAST else math.ceil(math.log(value / _LEAST) / math.log(_GROWTH))
-        ] += 1
+        self._buckets[0 if value <= _LEAST else math.ceil(_place(value))] += 1
 
     def quantile(self, q: float) -> float:
         """The value below which a share ``q`` of all lies; 0 when there are none."""
@@ -38,3 +37,22 @@ class Histogram:
                 # The middle of the bucket.
                 return 0.0 if bucket == 0 else _LEAST * _GROWTH ** (bucket - 0.5)
         return 0.0
+
+    def cumulative(self, bounds: Sequence[float]) -> list[int]:
+        """How many values lie at or below each of these bounds, which ascend.
+
+        A value up to 2 % below a bound, a bucket's width, may count as one above it.
+        """
+        counts, seen = list[int](), 0
+        buckets = sorted(self._buckets, reverse=True)
+        for bound in bounds:
+            last = math.floor(_place(bound)) if bound > _LEAST else 0
+            while buckets and buckets[-1] <= last:
+                seen += self._buckets[buckets.pop()]
+            counts.append(seen)
+        return counts
+
+
+def _place(value: float) -> float:
+    """Where between the buckets' bounds a value above the least lies."""
+    return math.log(value / _LEAST) / math.log(_GROWTH)

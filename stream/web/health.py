@@ -1,12 +1,13 @@
 """``/livez``, ``/readyz`` and ``/metrics``: what a supervisor and a monitoring system ask."""
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Protocol, cast
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -15,10 +16,26 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from stream.calls import Calls
+from stream.metrics import Histogram
 from stream.server import Desk
 
 STUCK_S: Final = 2.0
 """A batch that takes longer than this is not computed any more (reliability bar, row 17)."""
+
+LAG_BOUNDS_S: Final = (
+    *(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0),
+    *(7.5, 10.0, 15.0, 30.0, 60.0),
+)
+"""Of the buckets of the lag: closest where a chunk and its look-ahead put it."""
+
+
+class Timed(Desk, Protocol):
+    """A desk that also keeps every delay."""
+
+    @property
+    def lag(self) -> Histogram:
+        """Capture to emission, milliseconds."""
+        ...
 
 
 class Probes:
@@ -27,7 +44,8 @@ class Probes:
     def __init__(self, desk: Desk, calls: Calls) -> None:
         self._desk = desk
         self._registry = CollectorRegistry()
-        self._registry.register(Figures(desk, calls))
+        # The desk is the house itself.
+        self._registry.register(Figures(cast("Timed", desk), calls))
 
     async def live(self, request: Request) -> Response:
         """The event loop answers: the process lives. No broker and no model is asked."""
@@ -51,9 +69,13 @@ class Probes:
 
 
 class Figures(Collector):
-    """What the house counts, as Prometheus reads it."""
+    """What the house counts, as Prometheus reads it.
 
-    def __init__(self, desk: Desk, calls: Calls) -> None:
+    Lag is a histogram, and the real-time factor two counters, compute and audio, so that a query
+    chooses the stretch of time: over weeks an average since the start hides what is late today.
+    """
+
+    def __init__(self, desk: Timed, calls: Calls) -> None:
         self._desk, self._calls = desk, calls
 
     def collect(self) -> Iterable[Metric]:
@@ -63,9 +85,6 @@ class Figures(Collector):
             "streams": ("Open sessions.", s.streams),
             "slots": ("Sessions there could be.", s.slots),
             "calls": ("Sessions that callers of the server brought.", len(self._calls)),
-            "lag_p50_seconds": ("Capture to emission, median since the start.", s.lag_p50_ms / 1e3),
-            "lag_p99_seconds": ("Capture to emission, 99th percentile.", s.lag_p99_ms / 1e3),
-            "realtime_factor": ("Compute seconds for a second of audio.", s.realtime_factor),
             "engine_busy_seconds": ("Age of the batch in the engine.", s.busy_s),
             "engine_waiting_chunks": ("Chunks that wait for the engine.", s.engine_waiting),
             "readers": ("Subscribers of the live feed.", s.readers),
@@ -84,6 +103,7 @@ class Figures(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"livesat_{name}", text, value=value)
+        yield self._lag()
         events = CounterMetricFamily("livesat_events", "Events emitted.", labels=["type"])
         for kind, count in s.events.items():
             events.add_metric([kind], count)
@@ -110,3 +130,14 @@ class Figures(Collector):
             lost.add_metric([name], each.lost_finals + each.rejected)
             retries.add_metric([name], each.retries)
         yield from (queued, up, sent, dropped, lost, retries)
+
+    def _lag(self) -> Metric:
+        lag = self._desk.lag
+        counts = lag.cumulative([bound * 1e3 for bound in LAG_BOUNDS_S])
+        buckets = [(str(bound), float(n)) for bound, n in zip(LAG_BOUNDS_S, counts, strict=True)]
+        return HistogramMetricFamily(
+            "livesat_lag_seconds",
+            "Capture to emission.",
+            buckets=[*buckets, ("+Inf", float(lag.count))],
+            sum_value=lag.total / 1e3,
+        )

@@ -33,6 +33,7 @@ def test_the_dashboard_asks_for_metrics_there_are():
     from prometheus_client.exposition import generate_latest
 
     from stream.fanout import Statistics
+    from stream.metrics import Histogram
     from stream.server import Status
     from stream.web.health import Figures
 
@@ -70,6 +71,8 @@ def test_the_dashboard_asks_for_metrics_there_are():
     )
 
     class Desk:
+        lag = Histogram()
+
         def status(self):
             return status
 
