@@ -121,7 +121,7 @@ class Call:
         line: What the session hears.
         ear: Turns the caller's bytes into samples.
         session_id: Known once the session is open.
-        resume_token: Likewise: the secret that lets the caller come back.
+        resume_token: Likewise: the secret that lets the caller come back; None if it may not.
         closed: `session.closed` was emitted.
         attached: A connection carries it now.
     """
@@ -132,7 +132,7 @@ class Call:
         self.line = line
         self.ear = ear
         self.session_id = ""
-        self.resume_token = ""
+        self.resume_token: str | None = None
         self.closed = False
         self.attached = True
         self._resume_s = resume_s
@@ -193,7 +193,9 @@ class Call:
     def heard(self, event: Event) -> None:
         """The session's tap."""
         if isinstance(event, SessionOpened):
-            self.session_id, self.resume_token = event.session_id, event.resume_token
+            self.session_id = event.session_id
+            if self.returns == "token":
+                self.resume_token = event.resume_token
 
     def begun(self) -> None:
         """The session is open."""
@@ -286,10 +288,6 @@ class Calls:
     def ended(self, token: str) -> bool:
         """Whether the call of this token has ended."""
         return token in self._gone
-
-    def of(self, session: str) -> Call | None:
-        """The open call of a session."""
-        return next((c for c in self._open.values() if c.session_id == session), None)
 
     async def over(self) -> None:
         """Wait until every call has ended."""

@@ -11,7 +11,8 @@ left is computed, and the connection closes after ``session.closed``.
 A client that lost its connection comes back with ``resume`` (the token), ``after`` (the last
 ``seq`` it has) and ``have`` (the first of its own sample frames that it can still send). It goes on
 from the sample frame ``received`` of the new ready message: nothing is heard twice. ``complete``
-is false if events after ``after`` are no longer kept.
+is false if events after ``after`` are no longer kept. ``resume_token`` is null where nobody can
+come back: in a container there is no position to go on from, and ``session.resume_s`` may be 0.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ from stream.sources.source import SourceError
 from stream.web.containers import Container, ContainerError
 from stream.web.gate import LATER, POLICY
 from stream.web.wire import AWAY, INVALID, NORMAL, RESTART, UNSUPPORTED, Hangup, Wire, command
+
+_CONTAINED: Final = frozenset({"opus", "ogg", "webm"})
 
 _NAME: Final = re.compile(r"[^\x00-\x1f/]{1,128}")
 
@@ -65,12 +68,14 @@ class Audio:
         if not _NAME.fullmatch(name):
             raise ValueError("name: expected 1 to 128 characters without '/' and controls")
         host = socket.client.host if socket.client else "?"
-        if query.get("encoding") in {"opus", "ogg", "webm"}:
+        if query.get("encoding") in _CONTAINED:
             return await self._calls.open(name, f"websocket:{host}", resumable=False)
         return await self._calls.open(name, f"websocket:{host}", form(query))
 
     async def _again(self, token: str, query: Mapping[str, str]) -> Call:
         """The call of a resume token, of this process or of one before it."""
+        if query.get("encoding") in _CONTAINED:
+            raise ValueError("resume: expected raw PCM, as audio in a container begins anew")
         have = None if "have" not in query else _count("have", query["have"])
         shape = form(query)
         call = self._calls.find(token)
@@ -99,6 +104,7 @@ class Audio:
         after = query.get("after", "-1")
         wanted = Wanted(session=call.session_id, partials=query.get("partials") != "false")
         code, reason = NORMAL, ""
+        again = "; resume" if call.resume_token is not None else ""
         try:
             reader = self._desk.feed.subscribe(
                 wanted, after=-1 if after == "-1" else _count("after", after)
@@ -132,9 +138,9 @@ class Audio:
                 else:
                     telling.result()
                     if reader.evicted:
-                        code, reason = LATER, "reads too slowly; resume"
+                        code, reason = LATER, f"reads too slowly{again}"
                     elif self._desk.stop.is_set():
-                        code, reason = RESTART, "the daemon is stopping; resume"
+                        code, reason = RESTART, f"the daemon is stopping{again}"
             finally:
                 telling.cancel()
                 await asyncio.gather(telling, return_exceptions=True)

@@ -7,8 +7,9 @@ as models and languages are the checkpoint's. Messages: ``Results``, ``SpeechSta
 ``UtteranceEnd``, ``Metadata``; commands: ``KeepAlive``, ``Finalize``, ``CloseStream``. Source: the
 message types of deepgram-sdk 7.
 
-Two things differ by nature. ``speech_final`` marks the last result before silence as our turns
-hear it; ``endpointing`` and the length in ``utterance_end_ms`` do not move it.
+One thing differs by nature: ``speech_final`` marks the last result before silence as our turns
+hear it, and ``UtteranceEnd`` follows it at once; ``endpointing`` and the length in
+``utterance_end_ms`` move neither.
 """
 
 import asyncio
@@ -95,6 +96,7 @@ class _Conversation:
         self._finalizing: set[int] = set()  # channels whose flush is under way
         self._held: dict[int, TranscriptFinal] = {}  # a final that may be the last before silence
         self._last_word: dict[int, float] = {}
+        self._heard = 0.0  # seconds, known when a session has closed
         host = socket.client.host if socket.client else "?"
         self._source = f"deepgram:{host}"
         self._name = re.sub(r"[\x00-\x1f/]", "_", query.get("tag", ""))[:64] or "listen"
@@ -252,6 +254,7 @@ class _Conversation:
                     self._put({"type": "UtteranceEnd", "channel": index, "last_word_end": end})
             case SessionClosed():
                 self._release(channel, speech_final=True)
+                self._heard = max(self._heard, event.totals["audio_s"])
             case _:
                 pass
 
@@ -339,15 +342,13 @@ class _Conversation:
         return told
 
     def _metadata(self) -> dict[str, Any]:
-        ear = self.calls[0].ear
-        heard = ear.taken / ear.form.rate if ear is not None else 0.0
         return {
             "type": "Metadata",
             "transaction_key": "deprecated",
             "request_id": self.request_id,
             "sha256": self._hash.hexdigest(),
             "created": self._began.isoformat().replace("+00:00", "Z"),
-            "duration": round(heard, 6),
+            "duration": round(self._heard, 6),
             "channels": len(self.calls),
             "models": [],
             "model_info": {},

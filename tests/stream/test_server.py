@@ -25,6 +25,7 @@ from stream.config import ConfigError
 from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
+from stream.sources.pcm import PcmDecoder
 from stream.web import exports
 from stream.web.server import Patient, serve
 from tests.sinks.samples import Talk
@@ -55,15 +56,14 @@ async def closing(house, path, *messages, **keys):
 
 
 def in_bytes(samples, encoding):
-    """Samples in an encoding → its bytes, and those of the float samples that it stands for."""
+    """Samples in an encoding → its bytes, and the same samples as s16le."""
+    exact = np.frombuffer(pcm(samples), "<i2")
     if encoding == "f32le":
-        data = samples.astype("<f4").tobytes()
-        return data, data
-    from stream.sources.pcm import PcmDecoder
-
-    heard = PcmDecoder("mulaw").step(bytes(range(256)))
-    codes = np.abs(samples[:, None] - heard).argmin(1).astype(np.uint8)
-    return codes.tobytes(), heard[codes].astype("<f4").tobytes()
+        return (exact / 32_768).astype("<f4").tobytes(), exact.tobytes()
+    codes = np.arange(256, dtype=np.uint8)
+    values = np.round(PcmDecoder("mulaw").step(codes.tobytes()) * 32_768).astype("<i2")
+    nearest = np.abs(exact[:, None] - values.astype(np.int32)).argmin(1)
+    return codes[nearest].tobytes(), values[nearest].tobytes()
 
 
 def in_container(samples, path):
@@ -177,18 +177,18 @@ class TestAudio:
     async def test_an_encoding_is_heard_as_the_samples_it_stands_for(
         self, checkpoint, speech, encoding
     ):
-        data, samples = in_bytes(speech, encoding)
+        data, exact = in_bytes(speech, encoding)
         async with serving(checkpoint, **QUIET) as house:
             said = []
-            for query, sent in ((f"encoding={encoding}", data), ("encoding=f32le", samples)):
-                async with house.connect(f"/v1/audio?{query}") as socket:
+            for query, sent in ((encoding, data), ("s16le", exact)):
+                async with house.connect(f"/v1/audio?encoding={query}") as socket:
                     await socket.recv()
                     for at in range(0, len(sent), 4001):  # amid a sample, too
                         await socket.send(sent[at : at + 4001])
                     await socket.send('{"type": "close"}')
                     said.append([json.loads(message) async for message in socket])
         assert finals(said[0]) == finals(said[1])
-        assert said[0][-1]["totals"]["audio_s"] == len(speech) / SAMPLE_RATE
+        assert {e["type"] for e in said[0]} >= {"turn.ended", "transcript.final"}
 
     @pytest.mark.parametrize(
         ("encoding", "session"), [("opus", {}), ("s16le", {"resume_s": 0}), ("s16le", {})]
@@ -552,40 +552,47 @@ class TestPeople:
 
 
 class TestDeepgram:
-    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")  # the SDK's own imports
-    async def test_the_deepgram_sdk_is_at_home(self, checkpoint, speech):
+    @staticmethod
+    async def by_sdk(house, data, **query):
+        """What the SDK's own client is told of it."""
         from deepgram import AsyncDeepgramClient
         from deepgram.core.events import EventType
         from deepgram.environment import DeepgramClientEnvironment
 
+        where = f"ws://127.0.0.1:{house.port}"
+        http = f"http://127.0.0.1:{house.port}"
+        client = AsyncDeepgramClient(
+            api_key=TOKEN,
+            environment=DeepgramClientEnvironment(
+                base=http, production=where, agent=where, agent_rest=http
+            ),
+        )
+        said = []
+        async with client.listen.v1.connect(model="nova-3", **query) as connection:
+            connection.on(EventType.MESSAGE, said.append)
+            listening = asyncio.create_task(connection.start_listening())
+            await connection.send_keep_alive()
+            for at in range(0, len(data), 8000):
+                await connection.send_media(data[at : at + 8000])
+            if query.get("encoding") == "linear16":
+                await connection.send_finalize()
+                await until(lambda: any(getattr(e, "from_finalize", False) for e in said))
+            await connection.send_close_stream()
+            await listening
+        return said
+
+    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")  # the SDK's own imports
+    async def test_the_deepgram_sdk_is_at_home(self, checkpoint, speech):
         async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
-            where = f"ws://127.0.0.1:{house.port}"
-            http = f"http://127.0.0.1:{house.port}"
-            client = AsyncDeepgramClient(
-                api_key=TOKEN,
-                environment=DeepgramClientEnvironment(
-                    base=http, production=where, agent=where, agent_rest=http
-                ),
-            )
-            said = []
-            async with client.listen.v1.connect(
-                model="nova-3",
+            said = await self.by_sdk(
+                house,
+                pcm(speech),
                 encoding="linear16",
                 sample_rate=16_000,
                 interim_results="true",
                 diarize="true",
                 vad_events="true",
-                utterance_end_ms="1000",
-            ) as connection:
-                connection.on(EventType.MESSAGE, said.append)
-                listening = asyncio.create_task(connection.start_listening())
-                await connection.send_keep_alive()
-                for at in range(0, len(speech), 4000):
-                    await connection.send_media(pcm(speech[at : at + 4000]))
-                await connection.send_finalize()
-                await until(lambda: any(getattr(e, "from_finalize", False) for e in said))
-                await connection.send_close_stream()
-                await listening
+            )
         kinds = [each.type for each in said]
         assert kinds[-1] == "Metadata"
         assert said[-1].duration == pytest.approx(len(speech) / SAMPLE_RATE, abs=1e-3)
@@ -602,6 +609,58 @@ class TestDeepgram:
         assert [word.start for word in words] == [word.start for word in wanted]
         labels = [int(word.speaker[1:]) - 1 if word.speaker else None for word in wanted]
         assert [getattr(word, "speaker", None) for word in words] == labels
+
+    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")
+    @pytest.mark.parametrize("asked", [{}, {"utterance_end_ms": "1000"}])
+    async def test_the_end_of_an_utterance_is_told_to_who_asks(self, checkpoint, speech, asked):
+        async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
+            said = await self.by_sdk(
+                house, pcm(speech), encoding="linear16", sample_rate=16_000, **asked
+            )
+        ends, word = [], None
+        for event in house.events:
+            if event.type == "transcript.final" and event.words:
+                word = event.words[-1]
+            elif event.type == "speech.ended" and word is not None:
+                ends.append(word.end)
+                word = None
+        assert ends
+        told = [each for each in said if each.type == "UtteranceEnd"]
+        assert [each.last_word_end for each in told] == (ends if asked else [])
+        assert all(list(each.channel) == [0, 1] for each in told)
+        if asked:  # what it ends has been said, and as the last before silence
+            before = said[said.index(told[0]) - 1]
+            assert (before.is_final, before.speech_final) == (True, True)
+            assert before.channel.alternatives[0].words[-1].end == ends[0]
+
+    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")
+    async def test_mulaw_is_heard_as_the_samples_it_stands_for(self, checkpoint, speech):
+        data, exact = in_bytes(speech, "mulaw")
+        async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
+            told = []
+            for encoding, sent in (("mulaw", data), ("linear16", exact)):
+                query = {"encoding": encoding, "sample_rate": 16_000}
+                said = await self.by_sdk(house, sent, **query)
+                results = [each for each in said if each.type == "Results"]
+                words = [word for each in results for word in each.channel.alternatives[0].words]
+                told.append([(word.word, word.start, word.end) for word in words])
+                assert said[-1].duration == pytest.approx(len(speech) / SAMPLE_RATE, abs=1e-3)
+        assert told[0] == told[1] != []
+
+    @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")
+    @pytest.mark.parametrize(
+        ("form", "query"), [("ogg", {"encoding": "opus"}), ("webm", {}), ("ogg", {})]
+    )
+    async def test_opus_in_a_container_is_heard_and_its_length_told(
+        self, checkpoint, speech, tmp_path, form, query
+    ):
+        pytest.importorskip("av")
+        data = await asyncio.to_thread(in_container, speech, tmp_path / f"a.{form}")
+        async with serving(checkpoint, {"token": TOKEN}, **QUIET) as house:
+            said = await self.by_sdk(house, data, **query)
+        assert any(each.type == "Results" and each.channel.alternatives[0].words for each in said)
+        assert said[-1].duration == house.events[-1].totals["audio_s"]
+        assert said[-1].duration == pytest.approx(len(speech) / SAMPLE_RATE, abs=0.05)
 
     async def test_channels_apart_are_sessions_apart(self, checkpoint, speech):
         async with serving(checkpoint, **QUIET) as house:

@@ -56,6 +56,7 @@ class Call {
     this.taken = 0; // samples captured so far
     this.kept = []; // {from, samples} not yet known to be heard
     this.ready = false;
+    this.alone = false; // the session ends with its connection
     this.over = false; // nothing more is said
     this.farewells = FAREWELLS;
     this.#connect();
@@ -97,6 +98,7 @@ class Call {
       const value = JSON.parse(message.data);
       if (value.type !== "ready") return;
       this.token = value.resume_token;
+      this.alone = value.resume_token === null;
       for (const { from, samples } of this.kept) {
         const skip = Math.max(value.received - from, 0);
         if (skip < samples.length) socket.send(samples.subarray(skip));
@@ -108,9 +110,9 @@ class Call {
     socket.onclose = (close) => {
       this.ready = false;
       const slow = close.reason.startsWith("reads too slowly");
-      if (REFUSED.has(close.code) && !slow) {
+      if (this.alone || (REFUSED.has(close.code) && !slow)) {
         // No slot, or the session is over. What was captured belongs to it.
-        if (!this.over) this.onState("refused", close.reason || "the server has no room for another stream");
+        if (!this.over) this.onState("refused", close.reason || (this.alone ? "the connection broke" : "the server has no room for another stream"));
         return;
       }
       if (this.over && (close.code === 1000 || !this.token || this.farewells-- <= 0)) return;
