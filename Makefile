@@ -15,9 +15,11 @@ SYSTEM := \
 	"mosquitto:mosquitto:the MQTT tests against a real broker" \
 	"redis-server:redis-server:the Redis Streams tests against a real server" \
 	"ffmpeg:ffmpeg:the tests that send RTP, HTTP and MPEG-TS" \
+	"openssl:openssl:the tests of TLS with certificates that are not good" \
+	"util-linux:unshare:the test of a full disk" \
 	"chromium:chromium:the dashboard's tests"
 
-.PHONY: help setup demo test check bench scores pictures train-smoke build schema clean
+.PHONY: help setup absent demo test check bench scores pictures train-smoke build schema clean
 
 help:
 	@echo "make demo    watch the demo conversation live in this terminal, then its score"
@@ -42,6 +44,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 setup: $(VENV)/.dev
 	@.ci/system $(SYSTEM)
+
+# What of it is not there, a name a line; installs nothing.
+absent:
+	@.ci/system --absent $(SYSTEM)
 
 demo: $(VENV)/.runtime
 	@$(BIN)/livesat demo
