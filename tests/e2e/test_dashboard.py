@@ -1,6 +1,9 @@
+import json
 import re
 
 import pytest
+import soundfile
+from websockets.sync.client import connect
 
 from tests.e2e.browser import browser, chromium, daemon
 
@@ -50,6 +53,40 @@ def test_a_voice_at_the_microphone_becomes_a_speaker_with_words(tmp_path):
         assert outside == []
 
 
+def test_a_session_is_saved_in_every_form_by_its_links(tmp_path, opening):
+    samples, rate = soundfile.read(opening, dtype="int16")
+    with daemon(tmp_path) as url, browser(tmp_path) as chrome:
+        with connect(f"{url.replace('http', 'ws')}/v1/audio?rate={rate}&partials=false") as caller:
+            session = json.loads(caller.recv())["session_id"]
+            for at in range(0, len(samples), rate):
+                caller.send(samples[at : at + rate].tobytes())
+            caller.send('{"type": "close"}')
+            events = [json.loads(message) for message in caller]
+        page = chrome.new_page()
+        page.goto(url)
+        page.locator("#about", has_text="ended").wait_for(timeout=10_000)
+        saved = {}
+        for form in ("rttm", "vtt", "json", "txt"):
+            with page.expect_download() as download:
+                page.click(f"#export-{form}")
+            assert download.value.suggested_filename == f"{session}.{form}"
+            saved[form] = download.value.path().read_text()
+    turns = [event for event in events if event["type"] == "turn.ended"]
+    words = [
+        word["word"]
+        for event in events
+        if event["type"] == "transcript.final"
+        for word in event["words"]
+    ]
+    assert len(saved["rttm"].splitlines()) == len(turns) > 1
+    assert saved["vtt"].startswith("WEBVTT")
+    assert " --> " in saved["vtt"]
+    assert json.loads(saved["json"])["events"] == [e for e in events if e["is_final"]]
+    assert len(words) > 5
+    for word in words:
+        assert word in saved["txt"]
+
+
 def test_what_asks_for_a_token_is_entered_with_one(tmp_path):
     with daemon(tmp_path, token=TOKEN) as url, browser(tmp_path) as chrome:
         page = chrome.new_page()
@@ -62,6 +99,10 @@ def test_what_asks_for_a_token_is_entered_with_one(tmp_path):
         page.keyboard.press("Enter")
         page.locator("#health[data-state=good]").wait_for(timeout=10_000)
         assert not page.locator("#login").is_visible()
+        # A browser that others use forgets it again.
+        assert page.request.post(f"{url}/v1/logout").ok
+        page.goto(url)
+        page.locator("#login").wait_for(timeout=10_000)
 
 
 def test_it_fits_a_phone_and_names_what_it_shows(tmp_path):

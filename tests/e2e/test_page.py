@@ -2,10 +2,11 @@
 
 import json
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import pytest
 
@@ -25,10 +26,11 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class Server(ThreadingHTTPServer):
-    """The page's files; sessions in `listed` are open."""
+    """The page's files; sessions in `listed` are open, and the house is as `status` says."""
 
     daemon_threads = True
     listed: tuple[str, ...] = ()
+    status: Mapping[str, Any] = MappingProxyType({"streams": 1, "busy_s": 0})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].removeprefix("/")
         kind = "application/json"
         if path == "v1/status":
-            body = b'{"streams": 1, "busy_s": 0}'
+            body = json.dumps(dict(self.server.status)).encode()
         elif path == "v1/sessions":
             entries = [{"session": session, "state": "open"} for session in self.server.listed]
             body = json.dumps({"sessions": entries}).encode()
@@ -72,17 +74,24 @@ class Page:
         audio: Connections of the microphone.
         feeds: Connections for events.
         errors: What went wrong in the page.
+        shut: No connection for events stays.
     """
 
     def __init__(self, chrome: Any, server: Server) -> None:
         self.audio: list[Any] = []
         self.feeds: list[Any] = []
         self.errors: list[str] = []
+        self.shut = False
         self.page = chrome.new_page(viewport={"width": 1200, "height": 800})
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.route_web_socket("**/v1/events*", lambda socket: self.feeds.append(socket))
+        self.page.route_web_socket("**/v1/events*", self._feed)
         self.page.route_web_socket("**/v1/audio*", self._call)
         self.page.goto(f"http://127.0.0.1:{server.server_port}/")
+
+    def _feed(self, socket: Any) -> None:
+        self.feeds.append(socket)
+        if self.shut:
+            socket.close(code=1012)
 
     def _call(self, socket: Any) -> None:
         socket.said = []
@@ -129,9 +138,16 @@ class Talk:
     def closed(self) -> dict[str, Any]:
         return self.event("session.closed", reason="ended")
 
-    def turn(self, number: int, label: str, start: float) -> dict[str, Any]:
+    def turn(
+        self, number: int, label: str, start: float, end: float | None = None
+    ) -> dict[str, Any]:
         speaker = {"label": label, "identity": None}
-        return self.event("turn.ended", start, start + 2, turn_id=f"t{number}", speaker=speaker)
+        end = start + 2 if end is None else end
+        return self.event("turn.ended", start, end, turn_id=f"t{number}", speaker=speaker)
+
+    def revised(self, reason: str, label: str, to: str, *turns: str) -> dict[str, Any]:
+        labels = {"from_label": label, "to_label": to}
+        return self.event("speaker.revised", reason=reason, revision_of=list(turns), **labels)
 
     def said(
         self, number: int, label: str, start: float, text: str, kind: str = "final"
@@ -267,6 +283,168 @@ class TestTranscript:
         page.until("document.body.innerText.includes('and so on')")
         assert "no longer kept" in page.page.locator(".earlier").inner_text()
 
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_words_that_may_still_change_are_lighter_until_they_are_final(
+        self, page: Page, scheme: str
+    ) -> None:
+        contrast = """text => {
+          const word = [...document.querySelectorAll(".word")].find(e => e.textContent === text);
+          const bright = (colour) => {
+            const [r, g, b] = colour.match(/[\\d.]+/g).map(Number);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const ground = bright(getComputedStyle(document.body).backgroundColor);
+          return Math.abs(bright(getComputedStyle(word).color) - ground);
+        }"""
+        page.page.emulate_media(color_scheme=scheme)
+        talk = Talk()
+        page.wait_for(lambda: page.feeds)
+        page.tell(talk.opened(), talk.said(0, "S1", 0, "certain"))
+        page.tell(talk.said(1, "S1", 1, "perhaps", "partial"))
+        page.until("words.innerText.includes('perhaps')")
+        assert page.page.locator(".word.partial").all_inner_texts() == ["perhaps"]
+        certain = page.page.evaluate(contrast, "certain")
+        assert page.page.evaluate(contrast, "perhaps") < 0.75 * certain
+        page.tell(talk.said(1, "S1", 1, "perhaps"))
+        page.until("!document.querySelector('.word.partial')")
+        assert page.page.evaluate(contrast, "perhaps") == certain
+
+    @pytest.mark.parametrize(
+        ("reason", "turns", "moved"), [("split", ["t2"], [2]), ("merged", [], [0, 2])]
+    )
+    def test_a_revision_is_seen_where_it_happens(
+        self, page: Page, reason: str, turns: list[str], moved: list[int]
+    ) -> None:
+        shown = """[...document.querySelectorAll(".said")].map(e =>
+          [e.mark, e.dataset.label, getComputedStyle(e).animationName === "revised"])"""
+        talk = Talk()
+        page.wait_for(lambda: page.feeds)
+        page.tell(talk.opened())
+        labels = ["S1", "S2", "S1", "S3"]
+        for number, label in enumerate(labels):
+            page.tell(talk.turn(number, label, 5 * number))
+            page.tell(talk.said(number, label, 5 * number, f"number {number}"))
+        page.until("document.querySelectorAll('.said').length === 4")
+        page.page.evaluate("document.querySelectorAll('.said').forEach((e, i) => e.mark = i)")
+        assert page.page.evaluate(shown) == [[i, x, False] for i, x in enumerate(labels)]
+        page.tell(talk.revised(reason, "S1", "S4", *turns))
+        page.until("document.querySelector('.said.revised')")
+        for number in moved:
+            labels[number] = "S4"
+        assert page.page.evaluate(shown) == [[i, x, i in moved] for i, x in enumerate(labels)]
+
+
+class TestLanes:
+    COLOURS = """([lane, second, heard]) => {
+      const canvas = document.querySelector("#canvas"), ratio = devicePixelRatio;
+      const x = (second / heard) * (canvas.clientWidth - 16) + 4, y = 8 + 40 * lane + 20;
+      const pixel = canvas.getContext("2d").getImageData(x * ratio, (y - 5) * ratio, 1, 1);
+      return [...pixel.data];
+    }"""
+
+    def test_who_talks_over_whom_is_pale_in_both_lanes(self, page: Page) -> None:
+        talk = Talk()
+        page.wait_for(lambda: page.feeds)
+        page.tell(talk.opened(), talk.turn(0, "S1", 0, 13), talk.turn(1, "S2", 7, 18))
+        page.tell(talk.turn(2, "S3", 18, 20), talk.closed())
+        page.page.locator("#about", has_text="ended").wait_for()
+        page.until("document.querySelectorAll('#speakers li').length === 3")
+
+        def colour(lane: int, second: float) -> list[int]:
+            return page.page.evaluate(self.COLOURS, [lane, second, 20])
+
+        def paled(colour: list[int]) -> list[float]:
+            paper = [0xFF, 0xFE, 0xFB, 255]
+            return [0.65 * c + 0.35 * p for c, p in zip(colour, paper, strict=True)]
+
+        page.wait_for(lambda: colour(2, 19)[3] == 255)  # it has been drawn
+        first, second = colour(0, 3), colour(1, 16)
+        assert first[:3] == [0xC2, 0x41, 0x0C]
+        assert second[:3] == [0x1D, 0x6F, 0xD1]
+        for at in (7.5, 9, 12.5):
+            assert colour(0, at) == pytest.approx(paled(first), abs=2)
+            assert colour(1, at) == pytest.approx(paled(second), abs=2)
+        assert colour(0, 6.5) == first
+        assert colour(1, 13.5) == second
+        assert (colour(0, 16)[3], colour(1, 3)[3]) == (0, 0)  # who is silent has no bar
+
+
+class TestBadge:
+    @pytest.mark.parametrize(
+        ("status", "lag", "state", "text"),
+        [
+            ({"realtime_factor": 0.25}, 400, "good", "1 stream · 0.4 s behind · 25 % busy"),
+            (
+                {"streams": 2, "realtime_factor": 0.3},
+                0,
+                "good",
+                "2 streams · 0.0 s behind · 60 % busy",
+            ),
+            ({}, 4200, "slow", "1 stream · 4.2 s behind"),
+            ({"streams": 0}, 400, "good", "0 streams"),
+            ({"busy_s": 9}, 400, "bad", "the engine is stuck"),
+        ],
+    )
+    def test_it_says_how_far_behind_and_how_busy_the_house_is(
+        self,
+        chrome: Any,
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        status: dict[str, Any],
+        lag: int,
+        state: str,
+        text: str,
+    ) -> None:
+        monkeypatch.setattr(server, "status", {"streams": 1, "busy_s": 0, **status})
+        page = Page(chrome, server)
+        page.wait_for(lambda: page.feeds)
+        talk = Talk()
+        page.tell(talk.opened(), talk.turn(0, "S1", 0) | {"lag_ms": lag})
+        page.page.locator("#health", has_text=text).wait_for()
+        badge = page.page.locator("#health")
+        assert badge.inner_text() == text
+        assert badge.get_attribute("data-state") == state
+        assert page.errors == []
+        page.page.close()
+
+    def test_a_daemon_that_is_gone_is_said_and_so_is_its_return(self, page: Page) -> None:
+        page.page.locator("#health[data-state=good]").wait_for()
+        page.shut = True
+        page.feeds[-1].close(code=1012)
+        page.page.locator("#health[data-state=bad]", has_text="not connected").wait_for()
+        page.shut = False
+        page.page.locator("#health[data-state=good]", has_text="1 stream").wait_for()
+
+
+class TestKeys:
+    def test_j_and_k_go_down_and_up_the_sessions(self, page: Page) -> None:
+        page.wait_for(lambda: page.feeds)
+        for name in ("a", "b", "c"):
+            page.tell(Talk(name).opened())
+        page.until("document.querySelectorAll('#sessions li').length === 3")
+        names = page.page.locator("#sessions .name").all_inner_texts()
+
+        def press(key: str, chosen: str) -> None:
+            page.page.keyboard.press(key)
+            page.until(f"document.querySelector('#title').innerText === {chosen!r}")
+            current = page.page.locator("#sessions [aria-current=true] .name")
+            assert current.all_inner_texts() == [chosen]
+            href = page.page.locator("#export-vtt").get_attribute("href")
+            assert href == f"/v1/sessions/{chosen}/export.vtt"
+
+        page.until("document.querySelector('#title').innerText === 'c'")
+        for key in ("k", "k", "k"):
+            page.page.keyboard.press(key)
+        press("k", names[0])  # the first has none above it
+        press("j", names[1])
+        press("j", names[2])
+        press("j", names[2])
+        press("k", names[1])
+        press("Control+j", names[1])  # the browser's own
+        page.tell(Talk("new").opened())
+        page.until("document.querySelectorAll('#sessions li').length === 4")
+        assert page.page.locator("#title").inner_text() == names[1]  # what was chosen stays
+
 
 class TestSessions:
     def test_those_that_are_over_go_but_the_latest(self, page: Page) -> None:
@@ -292,10 +470,10 @@ class TestSessions:
 
 
 class TestMicrophone:
-    @staticmethod
-    def ready(socket: Any, received: int) -> None:
-        ready = {"type": "ready", "session_id": "s1", "resume_token": "r", "received": received}
-        socket.send(json.dumps(ready))
+    HEARD: ClassVar = {"type": "ready", "session_id": "s1", "resume_token": "r", "received": 0}
+
+    def ready(self, socket: Any, received: int) -> None:
+        socket.send(json.dumps(self.HEARD | {"received": received}))
 
     def test_stopped_while_the_connection_is_lost_it_comes_back_to_end_the_session(
         self, page: Page
@@ -323,3 +501,12 @@ class TestMicrophone:
         last.close(code=1000)
         page.page.wait_for_timeout(800)  # longer than the pause before another try
         assert len(page.audio) == 3
+
+    def test_a_session_that_cannot_be_resumed_ends_with_its_connection(self, page: Page) -> None:
+        page.page.click("#mic")
+        page.wait_for(lambda: page.audio)
+        page.audio[0].send(json.dumps(self.HEARD | {"resume_token": None}))
+        page.wait_for(lambda: page.audio[0].said)
+        page.audio[0].close(code=1011)
+        page.page.locator("#toast", has_text="the connection broke").wait_for()
+        page.page.locator("#mic[aria-pressed=false]").wait_for()

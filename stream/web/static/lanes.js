@@ -62,9 +62,10 @@ export class Lanes {
       const y = TOP + row * ROW + ROW / 2;
       g.fillStyle = this.#colour("--line");
       g.fillRect(4, y - 0.5, width - 16, 1);
-      g.fillStyle = this.#colour(`--${colour(label) === "s0" ? "s8" : colour(label)}`);
+      const ink = this.#colour(`--${colour(label) === "s0" ? "s8" : colour(label)}`);
       for (const turn of turns) {
         if (turn.label !== label) continue;
+        g.fillStyle = ink;
         const left = x(Math.max(turn.start, from));
         const right = x(turn.final ? turn.end : Math.max(turn.end, Math.min(now, turn.end + 0.6)));
         g.globalAlpha = turn.final ? 1 : 0.72;
@@ -72,7 +73,7 @@ export class Lanes {
         g.roundRect(left, y - 9, Math.max(right - left, 3), 18, 5);
         g.fill();
         g.globalAlpha = 1;
-        // Who talks over whom: a ring around both.
+        // Who talks over whom: both are pale there.
         for (const other of turns) {
           if (other.label === label) continue;
           const begin = Math.max(turn.start, other.start, from);
@@ -82,7 +83,6 @@ export class Lanes {
           g.globalAlpha = 0.35;
           g.fillRect(x(begin), y - 9, Math.max(x(end) - x(begin), 2), 18);
           g.globalAlpha = 1;
-          g.fillStyle = this.#colour(`--${colour(label) === "s0" ? "s8" : colour(label)}`);
         }
       }
     });
