@@ -1,8 +1,8 @@
 """RTP on a UDP port: L16, G.711 μ-law and A-law, Opus, behind a bounded jitter buffer.
 
 The timeline is the sender's own: sample i of the stream is RTP timestamp t0 + i. What has not come
-when its time is up is lost, exactly as long as it was, and said so; what comes later still is
-dropped. Source: RFC 3550, RFC 3551 (payload types), RFC 7587 (Opus).
+when its time is up, or came damaged, is lost, exactly as long as it was, and said so; what comes
+later still is dropped. Source: RFC 3550, RFC 3551 (payload types), RFC 7587 (Opus).
 """
 
 import asyncio
@@ -33,6 +33,9 @@ Payload = Literal["l16", "mulaw", "alaw", "opus"]
 _HEADER: Final = struct.Struct("!BBHII")
 _JUMP_S: Final = 30.0
 """A timestamp this far from the expected one is a sender that began anew, not a loss."""
+
+_LONGEST: Final = 5760
+"""Timestamps of an Opus packet at most, 120 ms: RFC 6716, section 3.4, rule 5."""
 
 _SILENT_S: Final = 2.0
 """After this long without a packet another sender may take the port."""
@@ -209,7 +212,7 @@ class Jitter:
         rate: Timestamps a second.
         depth_s: How long a missing packet is waited for.
         room: Packets that may wait.
-        counts: late, duplicate, foreign, restart: packets that were not heard, and why.
+        counts: late, duplicate, foreign, restart, damaged: packets that were not heard, and why.
     """
 
     rate: int
@@ -285,15 +288,23 @@ class Jitter:
         return self._next + difference
 
 
+class Damaged(ValueError):
+    """A payload that cannot be decoded."""
+
+
 class Decoder:
     """Payloads of one kind → samples at the RTP clock's rate, float32, a column a channel."""
 
     def length(self, payload: bytes) -> int:
-        """Timestamps of a payload."""
+        """Timestamps of a payload; 0 of one that does not tell."""
         raise NotImplementedError
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
-        """→ [n, C]"""
+        """→ [n, C], n the payload's length
+
+        Raises:
+            Damaged: it cannot be decoded; the next one can.
+        """
         raise NotImplementedError
 
 
@@ -325,6 +336,7 @@ class _Companded(Decoder):
 class _Opus(Decoder):
     def __init__(self) -> None:
         import av
+        import av.error
 
         self._codec: Any = av.CodecContext.create("opus", "r")
         self._codec.sample_rate = 48_000
@@ -332,7 +344,7 @@ class _Opus(Decoder):
         self._av = av
 
     def length(self, payload: bytes) -> int:
-        """By the table of contents: RFC 6716, section 3.1."""
+        """By the table of contents: RFC 6716, section 3.1; 0 where it breaks the standard."""
         if not payload:
             return 0
         config, code = payload[0] >> 3, payload[0] & 3
@@ -343,10 +355,13 @@ class _Opus(Decoder):
         else:
             frame = (120, 240, 480, 960)[config & 3]
         count = (1, 2, 2, payload[1] & 63 if len(payload) > 1 else 0)[code]
-        return frame * count
+        return frame * count if frame * count <= _LONGEST else 0
 
     def decode(self, payload: bytes) -> NDArray[np.float32]:
-        frames: list[Any] = self._codec.decode(self._av.Packet(payload))
+        try:
+            frames: list[Any] = self._codec.decode(self._av.Packet(payload))
+        except self._av.error.FFmpegError as error:
+            raise Damaged(str(error)) from error
         parts = [np.asarray(frame.to_ndarray(), np.float32).T for frame in frames]
         made = np.concatenate(parts) if parts else np.zeros((0, 2), np.float32)
         wanted = self.length(payload)  # the decoder may hold back or pad: time stays true
@@ -389,6 +404,8 @@ class _Port(asyncio.DatagramProtocol):
         self._settings, self._lines, self._decoder = settings, lines, decoder
         self._jitter = Jitter(settings.clock, settings.jitter_ms / 1000)
         self._resamplers = [Resampler(settings.clock) for _ in lines]
+        self._timestamps = 0  # heard or lost since the port was opened
+        self._told = 0  # samples at 16 kHz fed to a line, or lost to it, of those
         self._heard = monotonic()
         self._quiet = True
 
@@ -399,8 +416,10 @@ class _Port(asyncio.DatagramProtocol):
         self._heard = monotonic()
         self._quiet = False
         length = self._decoder.length(packet.payload)
-        if length:
-            self._tell(self._jitter.push(packet, length, self._heard))
+        if not length:  # as if it had not come: the next one tells how much is missing
+            self._jitter.counts["damaged"] += 1
+            return
+        self._tell(self._jitter.push(packet, length, self._heard))
 
     async def run(self) -> None:
         """The clock: time is up for what is missing, or the sender has gone."""
@@ -418,23 +437,38 @@ class _Port(asyncio.DatagramProtocol):
                     line.pause("network")
 
     def _bring_out(self) -> None:
-        for line, resampler in zip(self._lines, self._resamplers, strict=True):
-            line.feed(resampler.flush())
+        self._feed([resampler.flush() for resampler in self._resamplers])
         self._resamplers = [Resampler(self._settings.clock) for _ in self._lines]
 
     def _tell(self, told: list[Heard | Lost]) -> None:
         for each in told:
-            if isinstance(each, Heard):
-                columns = self._columns(self._decoder.decode(each.payload))
-                for line, resampler, samples in zip(
-                    self._lines, self._resamplers, columns, strict=True
-                ):
-                    line.feed(resampler.step(samples))
+            if isinstance(each, Lost):
+                self._lose(each.timestamps)
                 continue
-            self._bring_out()  # what the resamplers hold back is before the loss
-            lost = round(each.timestamps * SAMPLE_RATE / self._settings.clock)
-            for line in self._lines:
-                line.lose(lost, "network")
+            try:
+                frames = self._decoder.decode(each.payload)
+            except Damaged:
+                self._jitter.counts["damaged"] += 1
+                self._lose(self._decoder.length(each.payload))
+                continue
+            self._timestamps += len(frames)
+            columns = zip(self._resamplers, self._columns(frames), strict=True)
+            self._feed([resampler.step(samples) for resampler, samples in columns])
+
+    def _feed(self, columns: list[NDArray[np.float32]]) -> None:
+        """columns: for each line its [n], 16 kHz"""
+        self._told += len(columns[0])
+        for line, samples in zip(self._lines, columns, strict=True):
+            line.feed(samples)
+
+    def _lose(self, timestamps: int) -> None:
+        self._bring_out()  # what the resamplers hold back is before the loss
+        self._timestamps += timestamps
+        # By the whole count: one loss's rounding must not add to the next one's.
+        lost = round(self._timestamps * SAMPLE_RATE / self._settings.clock) - self._told
+        self._told += max(lost, 0)
+        for line in self._lines:
+            line.lose(lost, "network")
 
     def _columns(self, frames: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """frames: [n, C] → for each line its [n]"""

@@ -24,7 +24,7 @@ from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
 from stream.daemon import run
 from stream.sources.media import MediaSource
-from stream.sources.rtp import Heard, Jitter, Lost, Packet, RtpSource, decoder
+from stream.sources.rtp import Damaged, Heard, Jitter, Lost, Packet, RtpSource, decoder
 from stream.sources.source import SourceError
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, free_port, pcm, until
@@ -453,6 +453,73 @@ class TestRtp:
         assert level(np.concatenate(samples)) == pytest.approx(
             level(decoded.decode(codes.tobytes())), rel=0.05
         )
+
+    @staticmethod
+    async def told(source, sent):
+        """(number, payload, timestamps a packet) sent in this order → (samples, lost) of blocks."""
+        async with source.open() as blocks:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for number, payload, length in sent:
+                    data = packet(number, payload, length=length)
+                    sender.sendto(data, ("127.0.0.1", source.port))
+                    await asyncio.sleep(0.001)
+            told = []
+            async with asyncio.timeout(20):
+                async for block in blocks:
+                    if block.reason is not None and not block.lost:
+                        break  # silent for `hang_ms`: everything was told
+                    told.append((block.samples, block.lost))
+        return told
+
+    async def test_a_damaged_opus_packet_is_lost_as_long_as_it_was(self):
+        wave = np.stack([speechlike(60 * 960, seed=seed) for seed in (1, 2)], 1)
+        whole = opus(wave)
+        broken = list(whole)
+        # Frames of the right length by their first bytes, and padding beyond the packet's end.
+        for number in (12, 31):
+            broken[number] = bytes([whole[number][0] | 3, 0x41, 255, 255])
+        broken[45] = bytes([whole[45][0] | 3, 63, 0])  # 1.26 s: more than a packet can be
+        with pytest.raises(Damaged):
+            decoder(RtpSource(port=0, payload="opus")).decode(broken[12])
+        # 12 leaves in one batch with 11 and 13; 30 never comes, so the clock tells it and 31.
+        order = [number for number in range(60) if number not in {11, 30}]
+        order.insert(order.index(13) + 1, 11)
+
+        async def heard_of(payloads, order):
+            keys = {"payload": "opus", "jitter_ms": 60, "hang_ms": 300}
+            source = RtpSource(port=free_port(), **keys)
+            return await self.told(source, [(each, payloads[each], 960) for each in order])
+
+        told = await heard_of(broken, order)
+        assert sum(len(samples) + lost for samples, lost in told) == 60 * 320
+        at, losses = 0, []
+        for samples, lost in told:
+            if lost:
+                losses.append((at, lost))
+            at += len(samples) + lost
+        assert losses == [(12 * 320, 320), (30 * 320, 320), (31 * 320, 320), (45 * 320, 320)]
+        # What is heard between is where it is without a loss.
+        same = np.concatenate([samples for samples, _ in await heard_of(whole, range(60))])
+        filled = np.concatenate([np.append(np.zeros(lost), made) for made, lost in told])
+        part = slice(35 * 320, 44 * 320)
+        assert level(filled[part] - same[part]) < 0.1 * level(same[part])
+
+    async def test_a_packet_cut_short_is_lost_where_it_is_cut(self):
+        sent = linear(np.stack([speechlike(50 * 320, seed=seed) for seed in (1, 2)], 1), 320)
+        sent[20] = sent[20][:-3]  # the last frame of four bytes is not whole
+        sent[30] = sent[30][:3]  # no frame is whole
+        source = RtpSource(port=free_port(), channels=2, rate=16_000, jitter_ms=40, hang_ms=200)
+        told = await self.told(source, [(number, sent[number], 320) for number in range(50)])
+        assert [lost for _, lost in told if lost] == [1, 320]
+        assert sum(len(samples) + lost for samples, lost in told) == 50 * 320
+
+    async def test_many_losses_round_to_no_shift(self):
+        """At 11025 Hz 100 timestamps are 145.1 samples: each loss alone would take 0.1 of one."""
+        source = RtpSource(port=free_port(), rate=11_025, jitter_ms=0, hang_ms=500)
+        sent = [(number, bytes(200), 100) for number in range(0, 401, 2)]
+        told = await self.told(source, sent)
+        total = sum(len(samples) + lost for samples, lost in told)
+        assert total == pytest.approx(401 * 100 * SAMPLE_RATE / 11_025, abs=1)
 
     @ffmpeg
     @pytest.mark.parametrize(
