@@ -214,6 +214,8 @@ class TestDoctor:
         assert {"versions", "gpu", "checkpoint", "speed", "server", "sink log"} <= set(subjects)
 
     async def test_every_fault_comes_with_its_fix(self, checkpoint, tmp_path):
+        blocked = tmp_path / "a file, no folder"
+        blocked.touch()
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -226,7 +228,7 @@ class TestDoctor:
                     "log": {"kind": "jsonl", "path": tmp_path / "no" / "a.jsonl"},
                 },
                 server={"port": port},
-                voiceprints=tmp_path / "no" / "voices.db",
+                voiceprints=blocked / "voices.db",
             )
             bad = {f.subject: f async for f in examine(settings) if f.state == "bad"}
         assert set(bad) == {
