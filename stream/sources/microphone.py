@@ -2,21 +2,23 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.ring import Ring
+from stream.sources.apart import sharing
 from stream.sources.drift import Drift
-from stream.sources.source import Block, SourceError
+from stream.sources.line import Line
+from stream.sources.source import Block, GapReason, Source, SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,24 @@ class MicrophoneSource(BaseModel):
     device: int | str | None = Field(
         default=None, description="Index, or part of the name; null is the system's default."
     )
+    channels: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Channels the device is opened with; null is as many as `channel` or `apart` "
+        "need, or one: what the device itself gives as mono.",
+    )
     channel: int | None = Field(
         default=None,
         ge=0,
         le=63,
-        description="The channel that is heard, from 0; null is what the device gives as mono. For "
-        "channels as streams apart, name the device once a channel.",
+        description="The channel that is heard, from 0; null is the mean of `channels`.",
+    )
+    apart: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="That many channels become streams of their own, of one opening of the device.",
     )
     correct_drift: bool = Field(
         default=True, description="Keep the session's clock to ours where the device's is off."
@@ -92,6 +106,14 @@ class MicrophoneSource(BaseModel):
     )
     retry_ms: int = Field(default=500, ge=50, description="Between attempts to open it again.")
 
+    @model_validator(mode="after")
+    def _channels_there_are(self) -> Self:
+        if self.channel is not None and self.channel >= self.opened:
+            raise ValueError(f"channel: expected 0 to {self.opened - 1}, got {self.channel}")
+        if self.apart is not None and self.apart > self.opened:
+            raise ValueError(f"apart: expected {self.opened} at most, got {self.apart}")
+        return self
+
     @property
     def name(self) -> str:
         """For `session.opened`."""
@@ -102,45 +124,82 @@ class MicrophoneSource(BaseModel):
         """See `Source.live`."""
         return True
 
+    @property
+    def opened(self) -> int:
+        """Channels the device is opened with."""
+        alone = 1 if self.channel is None else self.channel + 1
+        return self.channels or max(alone, self.apart or 1)
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[AsyncIterator[Block]]:
         """Open the device → blocks, until closed.
 
         Raises:
-            SourceError: no sounddevice, no such device, or it does not record.
+            SourceError: no sounddevice, no such device or channel, or it does not record.
         """
-        sd = await asyncio.to_thread(_sounddevice)
-        line = await asyncio.to_thread(_open, sd, self)
-        async with aclosing(self._blocks(sd, line)) as blocks:
+        async with self._opening() as recorded, aclosing(_first(recorded)) as blocks:
             yield blocks
 
-    async def _blocks(self, sd: Any, line: "_Line") -> AsyncGenerator[Block]:
+    def split(self) -> list[Source]:
+        """One source a channel; all are of one opening, for a device may allow no second."""
+        assert self.apart is not None
+        lines = [Line(f"{self.name}#{n + 1}", self.buffer_ms) for n in range(self.apart)]
+        return sharing(lines, lambda: self._recording(lines), live=self.live)
+
+    @asynccontextmanager
+    async def _recording(self, lines: Sequence[Line]) -> AsyncGenerator[None]:
+        """Feed the lines, one a channel, while entered.
+
+        Raises:
+            SourceError: as `open`.
+        """
+        async with self._opening() as recorded:
+            pouring = asyncio.create_task(_pour(recorded, lines), name=self.name)
+            try:
+                yield
+            finally:
+                pouring.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pouring
+
+    @asynccontextmanager
+    async def _opening(self) -> AsyncGenerator[AsyncGenerator[list[Block]]]:
+        """Open the device → what is recorded: blocks of the same time, one a stream."""
+        sd = await asyncio.to_thread(_sounddevice)
+        line = await asyncio.to_thread(_open, sd, self)
+        try:
+            async with aclosing(self._blocks(sd, line)) as recorded:
+                yield recorded
+        finally:
+            await asyncio.to_thread(line.close)  # the blocks do it, but not if none was asked for
+
+    async def _blocks(self, sd: Any, line: "_Line") -> AsyncGenerator[list[Block]]:
         # What came while the rest of the house was opened is not part of the session.
         waited = line.ring.read()
         read = waited.start + len(waited.samples)
         resumes: float | None = None  # when the last sample before a loss of the device was heard
         while True:
             try:
-                async for block in self._hear(line, read):
+                async for blocks in self._hear(line, read):
+                    block = blocks[0]  # as long, as late and as lossy as the others
                     if resumes is not None:
                         first = block.captured - len(block.samples) / SAMPLE_RATE
-                        lost = max(round((first - resumes) * SAMPLE_RATE), 0)
-                        yield Block(block.samples, block.captured, lost + block.lost, "unplugged")
+                        lost = max(round((first - resumes) * SAMPLE_RATE), 0) + block.lost
+                        yield [replace(each, lost=lost, reason="unplugged") for each in blocks]
                     else:
-                        yield block
+                        yield blocks
                     resumes = None if len(block.samples) else resumes
             finally:
                 await asyncio.to_thread(line.close)
             if resumes is None:
                 resumes = line.heard
-            yield Block(np.zeros(0, np.float32), monotonic(), 0, "unplugged")
+            yield self._silent(monotonic(), 0, "unplugged")
             line = await self._reopen(sd)
             read = 0
 
-    async def _hear(self, line: "_Line", read: int) -> AsyncGenerator[Block]:
+    async def _hear(self, line: "_Line", read: int) -> AsyncGenerator[list[Block]]:
         """One opening of the device → blocks from sample ``read`` on, until it ends or hangs."""
-        resampler = Resampler(line.rate)
-        drift = Drift(line.rate) if self.correct_drift else None
+        tracks = [Track(line.rate, correct=self.correct_drift) for _ in range(self._streams)]
         continuity = Continuity(line.rate)
         quiet_s = 0.0
         seen = line.pulse
@@ -165,22 +224,37 @@ class MicrophoneSource(BaseModel):
                 missing = span.start - read
                 read = span.start + len(span.samples)
                 captured = seen[1] - (seen[0] - read) / line.rate
-                heard = span.samples.astype(np.float32) / np.float32(32768)
-                if drift is not None:
-                    drift.lost(missing)
-                    heard = drift.step(heard, captured)
-                samples = resampler.step(heard)
+                heard = self._columns(span.samples)
                 reason = "overflow" if missing else None
-                yield Block(samples, captured, _at_16k(missing, line.rate), reason)
+                lacking = _at_16k(missing, line.rate)
+                yield [
+                    Block(track.step(samples, captured, missing), captured, lacking, reason)
+                    for track, samples in zip(tracks, heard, strict=True)
+                ]
             if lost:
-                if drift is not None:
-                    drift.lost(lost)
-                yield Block(np.zeros(0, np.float32), now, _at_16k(lost, line.rate), "overflow")
+                for track in tracks:
+                    track.lose(lost)
+                yield self._silent(now, _at_16k(lost, line.rate), "overflow")
             if ended or hung:
-                tail = resampler.flush()
-                if len(tail):
-                    yield Block(tail, line.heard)
+                tails = [track.flush() for track in tracks]
+                if len(tails[0]):
+                    yield [Block(tail, line.heard) for tail in tails]
                 return
+
+    @property
+    def _streams(self) -> int:
+        return self.apart or 1
+
+    def _silent(self, at: float, lost: int, reason: GapReason) -> list[Block]:
+        """No samples, for each stream."""
+        return [Block(np.zeros(0, np.float32), at, lost, reason) for _ in range(self._streams)]
+
+    def _columns(self, frames: NDArray[np.int16]) -> list[NDArray[np.float32]]:
+        """frames: [n, C], as they are kept → for each stream its [n], full scale ±1"""
+        heard = frames.astype(np.float32) / np.float32(32768)
+        if self.apart is not None:
+            return [heard[:, channel].copy() for channel in range(self.apart)]
+        return [heard.mean(axis=1, dtype=np.float32)]
 
     async def _reopen(self, sd: Any) -> "_Line":
         while True:
@@ -189,6 +263,56 @@ class MicrophoneSource(BaseModel):
                 return await asyncio.to_thread(_again, sd, self)
             except SourceError:
                 continue  # still away; the session already said so
+
+
+async def _first(recorded: AsyncGenerator[list[Block]]) -> AsyncGenerator[Block]:
+    """The blocks of a recording that is one stream."""
+    async for blocks in recorded:
+        yield blocks[0]
+
+
+async def _pour(recorded: AsyncGenerator[list[Block]], lines: Sequence[Line]) -> None:
+    """A recording → a line for each of its streams."""
+    try:
+        async for blocks in recorded:
+            for block, line in zip(blocks, lines, strict=True):
+                if block.lost and block.reason:
+                    line.lose(block.lost, block.reason)
+                elif block.reason:
+                    line.pause(block.reason)
+                line.feed(block.samples, block.captured)
+    finally:
+        for line in lines:
+            line.end()
+
+
+class Track:
+    """One stream's samples of one opening, from the device's clock and rate to ours.
+
+    Tracks that are told the same lengths and times give the same lengths.
+    """
+
+    def __init__(self, rate: int, *, correct: bool) -> None:
+        self._resampler = Resampler(rate)
+        self._drift = Drift(rate) if correct else None
+
+    def step(
+        self, samples: NDArray[np.float32], captured: float, missing: int
+    ) -> NDArray[np.float32]:
+        """samples: [n], the last one captured then, with so many missing before → [m] at 16 kHz"""
+        if self._drift is not None:
+            self._drift.lost(missing)
+            samples = self._drift.step(samples, captured)
+        return self._resampler.step(samples)
+
+    def lose(self, samples: int) -> None:
+        """So many are missing after what came."""
+        if self._drift is not None:
+            self._drift.lost(samples)
+
+    def flush(self) -> NDArray[np.float32]:
+        """What is held back, at the end. → [m]"""
+        return self._resampler.flush()
 
 
 class Continuity:
@@ -255,32 +379,41 @@ class _Line:
 
     def __init__(self, sd: Any, settings: MicrophoneSource) -> None:
         index = _find(sd, settings.device)
-        self._channel = settings.channel
+        self._channels = settings.opened
+        first, last = 0, settings.apart or self._channels
+        if settings.apart is None and settings.channel is not None:
+            first, last = settings.channel, settings.channel + 1
+        self._kept = slice(first, last)
         there = int(sd.query_devices(index)["max_input_channels"])
-        if settings.channel is not None and settings.channel >= there:
+        if self._channels > there:
             raise SourceError(
-                f"microphone {settings.device}: channel {settings.channel}: "
-                f"the device has {there}; expected 0 to {there - 1}"
+                f"microphone {settings.device}: expected {self._channels} channels, "
+                f"the device has {there}"
             )
-        self.rate = _rate(sd, index)
-        self.ring = Ring(self.rate * settings.buffer_ms // 1000, np.int16)
+        self.rate = _rate(sd, index, self._channels)
+        # A frame of all that is kept is one item of the ring: [capacity, C].
+        frame = np.dtype((np.int16, (last - first,)))
+        self.ring = Ring(self.rate * settings.buffer_ms // 1000, frame)
         self.pulse = (0, monotonic())
-        """Samples so far and when the last of them came; replaced as one, by the callback."""
+        """Frames so far and when the last of them came; replaced as one, by the callback."""
         self.ended = threading.Event()
         try:
             self._stream = sd.RawInputStream(
                 device=index,
                 samplerate=self.rate,
-                channels=1 if settings.channel is None else settings.channel + 1,
+                channels=self._channels,
                 dtype="int16",
                 blocksize=self.rate * settings.block_ms // 1000,
                 callback=self._callback,
                 finished_callback=self.ended.set,
             )
-            _OPEN.add(id(self))
+        except sd.PortAudioError as error:
+            raise SourceError(f"microphone {settings.device}: {error}") from error
+        _OPEN.add(id(self))
+        try:
             self._stream.start()
         except sd.PortAudioError as error:
-            _OPEN.discard(id(self))
+            self.close()
             raise SourceError(f"microphone {settings.device}: {error}") from error
 
     @property
@@ -291,13 +424,13 @@ class _Line:
     def _callback(self, data: Any, frames: int, time: Any, status: Any) -> None:
         """PortAudio's thread: copy, count, return."""
         samples: NDArray[np.int16] = np.frombuffer(data, np.int16)
-        if self._channel is not None:
-            samples = samples[self._channel :: self._channel + 1]
-        self.ring.write(samples)
-        self.pulse = (self.pulse[0] + len(samples), monotonic())
+        self.ring.write(samples.reshape(-1, self._channels)[:, self._kept])
+        self.pulse = (self.pulse[0] + frames, monotonic())
 
     def close(self) -> None:
-        """Let the device go, hung or not."""
+        """Let the device go, hung or not; again does nothing."""
+        if self._stream.closed:
+            return
         self._stream.abort(ignore_errors=True)
         self._stream.close(ignore_errors=True)
         _OPEN.discard(id(self))
@@ -346,10 +479,12 @@ def _find(sd: Any, device: int | str | None) -> int:
     return int(info["index"])
 
 
-def _rate(sd: Any, index: int) -> int:
+def _rate(sd: Any, index: int, channels: int) -> int:
     """16 kHz where the device takes it, its own rate where not."""
     try:
-        sd.check_input_settings(device=index, channels=1, dtype="int16", samplerate=SAMPLE_RATE)
+        sd.check_input_settings(
+            device=index, channels=channels, dtype="int16", samplerate=SAMPLE_RATE
+        )
     except sd.PortAudioError:
         return int(sd.query_devices(index)["default_samplerate"])
     return SAMPLE_RATE

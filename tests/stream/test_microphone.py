@@ -1,5 +1,6 @@
 import asyncio
 import sys
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from stream.config import parse
 from stream.daemon import run
-from stream.sources.microphone import Continuity, MicrophoneSource, list_devices
+from stream.sources.microphone import Continuity, MicrophoneSource, Track, list_devices
 from stream.sources.source import SourceError
 from tests.microphone import MISSING, FakeMicrophone
 
@@ -60,6 +61,43 @@ def test_samples_lost_in_a_stall_are_counted_where_they_are_missing():
     losses = [(upto, lost) for upto, lost in told if lost]
     assert losses == [(count, pytest.approx(0.75 * RATE, abs=80))]  # to 5 ms
     assert told[-1] == (after[-1][0], 0)
+
+
+# -- channels ------------------------------------------------------------------------------------
+
+
+def test_channels_keep_to_our_clock_together():
+    """Two channels of one device whose clock is 0.05 % fast, for a minute."""
+    one, other = (Track(RATE, correct=True) for _ in range(2))
+    rng, count, given = np.random.default_rng(0), 0, 0
+    for upto, at in steady(60, rate=RATE * 1.0005):
+        said = rng.standard_normal(upto - count).astype(np.float32)
+        count = upto
+        made = one.step(said, at, 0)
+        assert len(other.step(-said, at, 0)) == len(made)
+        given += len(made)
+    assert count == 60 * RATE + 480
+    assert given == pytest.approx(60 * RATE, abs=0.006 * RATE)  # what is left alone, and a little
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"channels": 2, "channel": 2}, "channel: expected 0 to 1, got 2"),
+        ({"channels": 2, "apart": 3}, "apart: expected 2 at most, got 3"),
+    ],
+)
+def test_channels_that_are_not_there_are_said(choice, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        MicrophoneSource(**choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "opened"),
+    [({}, 1), ({"channel": 2}, 3), ({"apart": 2}, 2), ({"channels": 8, "apart": 2}, 8)],
+)
+def test_no_more_channels_are_opened_than_are_needed(choice, opened):
+    assert MicrophoneSource(**choice).opened == opened
 
 
 # -- a real one, as far as PortAudio can tell --------------------------------------------------
@@ -115,6 +153,129 @@ async def test_one_channel_of_two_is_heard_alone(fake):
         heard = await hear(blocks, 8_000)
     falling = -ramp(heard)
     assert (np.diff(falling) % 30_000 == 1).all()
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("fake", [2], indirect=True)
+async def test_the_mean_of_two_channels_is_heard(fake):
+    """The second says the opposite of the first, so their mean is silence."""
+    fake.speak()
+    async with MicrophoneSource(device="pulse", channels=2).open() as blocks:
+        heard = await hear(blocks, 8_000)
+    assert not ramp(heard).any()
+
+
+@pytest.fixture
+def openings(monkeypatch):
+    """The streams PortAudio was asked for."""
+    import sounddevice
+
+    made, opens = [], sounddevice.RawInputStream
+
+    def opened(**keys):
+        made.append(opens(**keys))
+        return made[-1]
+
+    monkeypatch.setattr(sounddevice, "RawInputStream", opened)
+    return made
+
+
+@asynccontextmanager
+async def opened_apart(source):
+    """Each of its channels, all at once."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(each.open()) for each in source.split()]
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("fake", [2], indirect=True)
+async def test_channels_apart_are_of_one_opening_and_the_same_time(fake, openings):
+    fake.speak()
+    async with opened_apart(MicrophoneSource(device="pulse", apart=2)) as channels:
+        rising, falling = [ramp(await hear(blocks, 8_000)) for blocks in channels]
+        assert [each.channels for each in openings] == [2]
+    assert (np.diff(rising) % 30_000 == 1).all()
+    assert np.array_equal(rising[:8_000], -falling[:8_000])
+    assert [each.closed for each in openings] == [True]
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("fake", [2], indirect=True)
+async def test_channels_apart_are_taken_up_again_together(fake):
+    fake.speak()
+    async with opened_apart(MicrophoneSource(device="pulse", apart=2, retry_ms=100)) as channels:
+        for blocks in channels:
+            await hear(blocks, 8_000)
+        await asyncio.to_thread(fake.unplug)
+        for blocks in channels:
+            await until_stopped(blocks)
+        await asyncio.to_thread(fake.plug)
+        fake.speak()
+        one, other = [await hear(blocks, 8_000) for blocks in channels]
+    for resumed in (one, other):
+        assert (resumed[0].reason, len(resumed[0].samples)) == ("unplugged", 0)
+        assert sum(block.lost for block in resumed) == resumed[0].lost > 0
+    assert one[0].lost == other[0].lost
+    rising, falling = ramp(one), ramp(other)
+    assert (np.diff(rising) % 30_000 == 1).all()
+    assert np.array_equal(rising[:8_000], -falling[:8_000])
+
+
+@absent
+@pytest.mark.mic
+@pytest.mark.parametrize("fake", [2], indirect=True)
+async def test_channels_apart_are_sessions_apart_with_the_same_gap(fake, checkpoint):
+    given = {
+        "sources": {"desk": {"kind": "microphone", "device": "pulse", "apart": 2, "retry_ms": 100}},
+        "engine": {"checkpoint": checkpoint, "chunk_ms": 200, "device": "cpu", "threads": 1},
+        "session": {"heartbeat_s": 0.4},
+        "log": {"level": "error"},
+    }
+    events, stop = [], asyncio.Event()
+
+    async def both(kind):
+        while {e.stream_id for e in events if e.type == kind} != {"desk-1", "desk-2"}:
+            if running.done():
+                await running  # … failed, and says why
+            await asyncio.sleep(0.02)
+
+    fake.speak()
+    running = asyncio.create_task(
+        run(parse(given, where="test"), on_event=events.append, stop=stop)
+    )
+    async with asyncio.timeout(60):
+        await both("heartbeat")
+        await asyncio.to_thread(fake.unplug)
+        await both("warning")
+        await asyncio.to_thread(fake.plug)
+        fake.speak()
+        await both("gap")
+        stop.set()
+        await running
+    one, other = [event for event in events if event.type == "gap"]
+    assert one.reason == other.reason == "unplugged"
+    assert (one.start, one.lost_samples) == (other.start, other.lost_samples)
+
+
+@absent
+@pytest.mark.mic
+async def test_a_device_nobody_listened_to_is_let_go(fake, openings):
+    async with MicrophoneSource(device="pulse").open():
+        pass
+    assert [each.closed for each in openings] == [True]
+
+
+@absent
+@pytest.mark.mic
+async def test_a_device_with_fewer_channels_is_one_clear_error(fake):
+    (there,) = [device.channels for device in list_devices() if device.name == "pulse"]
+    source = MicrophoneSource(device="pulse", apart=there + 1)
+    with pytest.raises(SourceError, match=f"expected {there + 1} channels, the device has {there}"):
+        async with opened_apart(source):
+            pass
 
 
 @absent
