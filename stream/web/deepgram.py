@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 import re
 import uuid
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -96,6 +97,7 @@ class _Conversation:
         self._finalizing: set[int] = set()  # channels whose flush is under way
         self._held: dict[int, TranscriptFinal] = {}  # a final that may be the last before silence
         self._last_word: dict[int, float] = {}
+        self._ended: defaultdict[int, float] = defaultdict(float)  # where speech last ended
         self._heard = 0.0  # seconds, known when a session has closed
         host = socket.client.host if socket.client else "?"
         self._source = f"deepgram:{host}"
@@ -240,23 +242,44 @@ class _Conversation:
                 index = [channel, len(self._forms)]
                 self._put({"type": "SpeechStarted", "channel": index, "timestamp": event.start})
             case TranscriptPartial() if self._interim and event.words:
-                self._release(channel, speech_final=False)
+                self._go_on(channel, event.words[0].start)
                 self._put(self._results(channel, event, final=False))
             case TranscriptFinal() if event.words:
-                self._release(channel, speech_final=False)
+                self._go_on(channel, event.words[0].start)
                 self._held[channel] = event
                 self._last_word[channel] = event.words[-1].end
+                if event.words[-1].start < self._ended[channel]:
+                    # What was said before silence is often known after it has begun; of several
+                    # finals that come together the last one is the last before it.
+                    asyncio.get_running_loop().call_soon(self._settle, channel)
             case SpeechEnded():
-                self._release(channel, speech_final=True)
-                if self._utterances and channel in self._last_word:
-                    index = [channel, len(self._forms)]
-                    end = self._last_word.pop(channel)
-                    self._put({"type": "UtteranceEnd", "channel": index, "last_word_end": end})
+                self._ended[channel] = event.end
+                self._pause(channel)
             case SessionClosed():
-                self._release(channel, speech_final=True)
+                self._pause(channel)
                 self._heard = max(self._heard, event.totals["audio_s"])
             case _:
                 pass
+
+    def _go_on(self, channel: int, start: float) -> None:
+        """Further words follow, from ``start`` on: the final before them need not wait for them."""
+        if start >= self._ended[channel]:
+            self._settle(channel)
+        self._release(channel, speech_final=False)
+
+    def _settle(self, channel: int) -> None:
+        """No more words come of speech that has ended."""
+        held = self._held.get(channel)
+        if held is not None and held.words[-1].start < self._ended[channel]:
+            self._pause(channel)
+
+    def _pause(self, channel: int) -> None:
+        """Nothing more is known to have been said before silence."""
+        self._release(channel, speech_final=True)
+        end = self._last_word.pop(channel, None)
+        if self._utterances and end is not None:
+            index = [channel, len(self._forms)]
+            self._put({"type": "UtteranceEnd", "channel": index, "last_word_end": end})
 
     def _finalize(self) -> None:
         for channel, call in enumerate(self.calls):

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,7 +19,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from benchmarks import hostile
-from sinks.events import parse
+from sinks.events import SpeechEnded, TranscriptPartial, parse
 from stream.batcher import Batches
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
@@ -27,6 +28,7 @@ from stream.server import ServerSettings
 from stream.session import Session
 from stream.sources.pcm import PcmDecoder
 from stream.web import exports
+from stream.web.deepgram import _Conversation
 from stream.web.server import Patient, serve
 from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
@@ -617,21 +619,50 @@ class TestDeepgram:
             said = await self.by_sdk(
                 house, pcm(speech), encoding="linear16", sample_rate=16_000, **asked
             )
-        ends, word = [], None
-        for event in house.events:
-            if event.type == "transcript.final" and event.words:
-                word = event.words[-1]
-            elif event.type == "speech.ended" and word is not None:
-                ends.append(word.end)
-                word = None
-        assert ends
+        words = [w for e in house.events if e.type == "transcript.final" for w in e.words]
         told = [each for each in said if each.type == "UtteranceEnd"]
-        assert [each.last_word_end for each in told] == (ends if asked else [])
+        assert bool(told) == bool(asked)
         assert all(list(each.channel) == [0, 1] for each in told)
-        if asked:  # what it ends has been said, and as the last before silence
-            before = said[said.index(told[0]) - 1]
+        for each in told:  # what it ends has been said, and as the last before silence
+            before = said[said.index(each) - 1]
             assert (before.is_final, before.speech_final) == (True, True)
-            assert before.channel.alternatives[0].words[-1].end == ends[0]
+            assert before.channel.alternatives[0].words[-1].end == each.last_word_end
+        if asked:
+            assert told[-1].last_word_end == words[-1].end
+
+    async def test_what_is_known_after_speech_has_ended_was_the_last_before_silence(self):
+        query = {"encoding": "linear16", "sample_rate": "16000", "interim_results": "true"}
+        listen = _Conversation(
+            None, query | {"utterance_end_ms": "1000"}, SimpleNamespace(client=None)
+        )
+        talk = Talk()
+
+        async def brief(*events):
+            for event in events:
+                listen._tell(0, event)
+            await asyncio.sleep(0)  # the engine's step is over
+            messages = [listen._messages.get_nowait() for _ in range(listen._messages.qsize())]
+            return [
+                (each["start"], each["is_final"], each["speech_final"])
+                if each["type"] == "Results"
+                else (each["type"], each["last_word_end"])
+                for each in messages
+            ]
+
+        def ended(start, end):
+            return SpeechEnded(**talk.envelope(start, end))
+
+        first, second, third, fourth, later = (
+            talk.said("a b", "S1", at, at + 1) for at in (1.0, 3.0, 5.0, 7.0, 9.0)
+        )
+        interim = TranscriptPartial(**talk.envelope(11, 12), text="a b", words=later.words)
+        assert await brief(first) == []
+        assert await brief(ended(1.0, 2.0)) == [(1, True, True), ("UtteranceEnd", 2)]
+        assert await brief(ended(3.0, 8.5)) == []
+        last = [(3, True, False), (5, True, True), ("UtteranceEnd", 6)]
+        assert await brief(second, third) == last
+        assert await brief(fourth, later) == [(7, True, True), ("UtteranceEnd", 8)]
+        assert await brief(interim) == [(9, True, False), (11, False, False)]
 
     @pytest.mark.filterwarnings("ignore:websockets:DeprecationWarning")
     async def test_mulaw_is_heard_as_the_samples_it_stands_for(self, checkpoint, speech):
