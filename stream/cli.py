@@ -30,6 +30,9 @@ USAGE: Final = 2
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 
+CONFIG: Final = Path("config.yaml")
+"""What a daemon reads unless it is told otherwise."""
+
 app = typer.Typer(
     name="livesat",
     help="Who is speaking, which enrolled person that is, and what is said: live.",
@@ -84,7 +87,31 @@ Quiet = Annotated[
 ]
 Voices = Annotated[
     Path | None,
-    typer.Option("--voices", metavar="FILE", help="The enrolled voices; default: the user's own."),
+    typer.Option(
+        "--voices",
+        metavar="FILE",
+        help="The enrolled voices; default: those of the configuration, then the user's own.",
+    ),
+]
+VoicesConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Its voiceprints are meant; default: config.yaml, as of livesat run, if there is one.",
+    ),
+]
+Consent = Annotated[
+    str | None,
+    typer.Option(
+        "--consent",
+        metavar="TEXT",
+        help="What the person agreed to; default: that whoever enrolls them says they did.",
+    ),
+]
+Days = Annotated[
+    int | None,
+    typer.Option("--days", min=1, max=36_500, help="Erase the voice after this many days."),
 ]
 
 
@@ -197,7 +224,7 @@ def listen(
 def run(
     config: Annotated[
         Path, typer.Option("--config", metavar="FILE", help="Sources, sinks, engine, tracks.")
-    ] = Path("config.yaml"),
+    ] = CONFIG,
 ) -> None:
     """Run as a daemon with the sources, sinks and server of a configuration file."""
     from functools import partial
@@ -265,7 +292,7 @@ app.add_typer(configuration, name="config")
 
 @configuration.command("check")
 def config_check(
-    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("config.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = CONFIG,
 ) -> None:
     """Read a configuration file and say what is wrong with it."""
     from stream.config import load
@@ -279,7 +306,7 @@ def config_check(
 
 @configuration.command("show")
 def config_show(
-    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path("config.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = CONFIG,
 ) -> None:
     """Print a configuration with every default filled in; secrets stay hidden."""
     import yaml
@@ -310,8 +337,11 @@ def name_speaker(
         str | None, typer.Option("--session", help="Its id; default: the only one that is open.")
     ] = None,
     enrol: Annotated[
-        bool, typer.Option("--enroll", help="Recognise the voice from now on (with consent).")
+        bool,
+        typer.Option("--enroll", "--enrol", help="Recognise the voice from now on (with consent)."),
     ] = False,
+    consent: Consent = None,
+    days: Days = None,
     url: Annotated[
         str, typer.Option("--url", help="The daemon's server.")
     ] = "http://127.0.0.1:8080",
@@ -322,9 +352,11 @@ def name_speaker(
     """Tell a running daemon who a live speaker is."""
     from stream.remote import Daemon
 
+    if not enrol and (consent is not None or days is not None):
+        raise Usage("--consent and --days are kept with a voice; expected --enroll with them")
     daemon = Daemon(url, token)
     chosen = session or daemon.only_session()
-    daemon.name(chosen, label, name, enrol=enrol)
+    daemon.name(chosen, label, name, enrol=enrol, consent=consent, days=days)
     out.print(f"{label} of session {chosen} is {name}" + (", and enrolled" if enrol else ""))
 
 
@@ -436,17 +468,8 @@ def enroll(
     clips: Annotated[
         list[Path], typer.Argument(metavar="CLIP…", help="Recordings of this person alone.")
     ],
-    consent: Annotated[
-        str | None,
-        typer.Option(
-            "--consent",
-            metavar="TEXT",
-            help="What the person agreed to; default: that whoever enrolls them says they did.",
-        ),
-    ] = None,
-    days: Annotated[
-        int | None, typer.Option("--days", min=1, help="Erase the voice after this many days.")
-    ] = None,
+    consent: Consent = None,
+    days: Days = None,
     voices: Voices = None,
     checkpoint: Checkpoint = None,
     device: Compute = None,
@@ -461,14 +484,15 @@ def enroll(
     from stream.log import LogSettings
     from stream.voiceprints import Voiceprints
 
-    settings = _settings(config, checkpoint, None, None, None, device)
+    config = _daemons(config, voices)
+    settings = _settings(config, checkpoint, None, None, None, device, voices)
     for clip in clips:
         if not clip.exists():
             raise Usage(f"{clip}: no such file")
     LogSettings.model_validate(settings.get("log", {})).configure()
     heard = asyncio.run(listen(EngineSettings.model_validate(settings["engine"]), clips))
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_path(settings.get("voiceprints"))) as store:
         for recording in heard.recordings:
             store.add(
                 name,
@@ -483,11 +507,11 @@ def enroll(
 
 
 @app.command("voices")
-def list_voices(voices: Voices = None) -> None:
+def list_voices(voices: Voices = None, config: VoicesConfig = None) -> None:
     """List the enrolled people."""
     from stream.voiceprints import Voiceprints
 
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_file(voices, config)) as store:
         people = store.voices()
     if not people:
         err.print("nobody is enrolled; livesat enroll NAME CLIP… does it")
@@ -505,24 +529,28 @@ def list_voices(voices: Voices = None) -> None:
 
 @app.command("export-voices")
 def export_voices(
-    file: Annotated[Path, typer.Argument(metavar="FILE")], voices: Voices = None
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    voices: Voices = None,
+    config: VoicesConfig = None,
 ) -> None:
     """Write all enrolled voices to a JSON file: to another machine, or as a copy."""
     from stream.voiceprints import Voiceprints
 
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_file(voices, config)) as store:
         count = store.export(file)
     out.print(f"{file}: {count} voice(s); they are personal data")
 
 
 @app.command("import-voices")
 def import_voices(
-    file: Annotated[Path, typer.Argument(metavar="FILE")], voices: Voices = None
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    voices: Voices = None,
+    config: VoicesConfig = None,
 ) -> None:
     """Take in voices that export-voices wrote; a name that is here already is an error."""
     from stream.voiceprints import Voiceprints
 
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_file(voices, config)) as store:
         names = store.take_in(file)
     out.print(f"{len(names)} voice(s): {', '.join(names)}")
 
@@ -532,20 +560,25 @@ def rename(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     new: Annotated[str, typer.Argument(metavar="NEW_NAME")],
     voices: Voices = None,
+    config: VoicesConfig = None,
 ) -> None:
     """Give an enrolled person another name."""
     from stream.voiceprints import Voiceprints
 
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_file(voices, config)) as store:
         out.print(f"{name} is now {store.rename(name, new).name}")
 
 
 @app.command()
-def forget(name: Annotated[str, typer.Argument(metavar="NAME")], voices: Voices = None) -> None:
+def forget(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    voices: Voices = None,
+    config: VoicesConfig = None,
+) -> None:
     """Erase an enrolled voice."""
     from stream.voiceprints import Voiceprints
 
-    with Voiceprints.open(_voices_path(voices)) as store:
+    with Voiceprints.open(_voices_file(voices, config)) as store:
         gone = store.forget(name)
     out.print(f"{gone.name} is forgotten: {gone.clips} clip(s)")
 
@@ -674,6 +707,23 @@ def _settings(
         tracks = data.get("tracks", {})
         data["tracks"] = {**tracks, "words": {**tracks.get("words", {}), "decoder": decoder}}
     return data if voices is None else {**data, "voiceprints": voices}
+
+
+def _daemons(config: Path | None, voices: Path | None) -> Path | None:
+    """The configuration whose voices are meant: the one given, or else a daemon's own.
+
+    Voices that go where no daemon looks would be of no use. With `voices` no one has to ask.
+    """
+    return config or (CONFIG if voices is None and CONFIG.is_file() else None)
+
+
+def _voices_file(voices: Path | None, config: Path | None) -> Path:
+    """The file of voices: the option's, the configuration's, the user's own."""
+    from stream.config import load
+
+    chosen = _daemons(config, voices)
+    found = load(chosen).voiceprints if voices is None and chosen is not None else None
+    return _voices_path(voices or found)
 
 
 def _voices_path(given: Path | None) -> Path:

@@ -476,7 +476,15 @@ class House:
             history_bytes=self.feed.kept,
         )
 
-    async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
+    async def name_speaker(
+        self,
+        session_id: str,
+        label: str,
+        name: str,
+        enrol: bool,
+        consent: str | None = None,
+        expires: datetime | None = None,
+    ) -> None:
         """See `Desk.name_speaker`."""
         live = self.live.get(session_id)
         if live is None:
@@ -487,8 +495,8 @@ class House:
             raise LookupError(f"session {session_id} has no speaker {label}")
         if enrol:
             embedding, evidence_s = tracks.profile(number)
-            consent = f"named and enrolled by a listener of session {session_id}"
-            await asyncio.to_thread(self.enrolled.add, name, embedding, evidence_s, consent)
+            note = consent or f"named and enrolled by a listener of session {session_id}"
+            await asyncio.to_thread(self.enrolled.add, name, embedding, evidence_s, note, expires)
             await self.look_again()
         await self._emit(live, partial(live.session.name_speaker, number, name))
         live.saved = -inf  # no audio brings a name back: save it soon

@@ -1,6 +1,7 @@
 """The enrolled people as a daemon has to do with them: whom to look for, and one more of them."""
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,12 @@ class Enrolled:
             return [voice.name for voice in store.voices()]
 
     def add(
-        self, name: str, embedding: NDArray[np.float32], evidence_s: float, consent: str
+        self,
+        name: str,
+        embedding: NDArray[np.float32],
+        evidence_s: float,
+        consent: str,
+        expires: datetime | None = None,
     ) -> None:
         """Keep a live speaker's voice.
 
@@ -58,6 +64,7 @@ class Enrolled:
             embedding: [E].
             evidence_s: Seconds of clean speech behind it.
             consent: The note that is kept with it.
+            expires: When it is erased, with a zone; None is never.
 
         Raises:
             VoiceprintError: there is no speaker head, too little speech, or the file cannot be
@@ -77,6 +84,7 @@ class Enrolled:
                 checkpoint=self.loaded.voice_id,
                 evidence_s=evidence_s,
                 consent=consent,
+                expires=expires,
             )
 
     @property

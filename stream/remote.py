@@ -41,14 +41,33 @@ class Daemon:
             )
         return found[0].partition(" ")[0]
 
-    def name(self, session: str, label: str, name: str, *, enrol: bool = False) -> None:
+    def name(
+        self,
+        session: str,
+        label: str,
+        name: str,
+        *,
+        enrol: bool = False,
+        consent: str | None = None,
+        days: int | None = None,
+    ) -> None:
         """Say who a speaker is.
+
+        Args:
+            session: Its id.
+            label: As "S2".
+            name: The person's.
+            enrol: Keep the voice.
+            consent: What the person agreed to; None is the daemon's own note.
+            days: Erase the voice after so many; None is never.
 
         Raises:
             RemoteError: the daemon refuses; with its reason.
         """
         where = f"/v1/sessions/{_quoted(session)}/speakers/{_quoted(label)}"
-        self._ask("PUT", where, {"name": name, "enrol": enrol})
+        told = {"consent": consent, "days": days}
+        more = {key: value for key, value in told.items() if value is not None}
+        self._ask("PUT", where, {"name": name, "enrol": enrol, **more})
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(

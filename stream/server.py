@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import ssl
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -54,8 +55,24 @@ class Desk(Intake, Protocol):
         """How the house is."""
         ...
 
-    async def name_speaker(self, session_id: str, label: str, name: str, enrol: bool) -> None:
+    async def name_speaker(
+        self,
+        session_id: str,
+        label: str,
+        name: str,
+        enrol: bool,
+        consent: str | None = None,
+        expires: datetime | None = None,
+    ) -> None:
         """Say who a label of an open session is.
+
+        Args:
+            session_id: An open session.
+            label: As "S2".
+            name: The person's.
+            enrol: Keep the voice.
+            consent: What the person agreed to; None notes who enrolled them.
+            expires: When the voice is erased, with a zone; None is never.
 
         Raises:
             LookupError: no such session or label.

@@ -535,8 +535,7 @@ class TestPeople:
                     assert (await http.put(where, json=body)).status_code == status
                 nobody = f"/v1/sessions/{session}/speakers/S99"
                 assert (await http.put(nobody, json={"name": "B"})).status_code == 404
-                enrolled = await http.put(where, json={"name": "Anna", "enrol": True})
-                known = (await http.get("/v1/voices")).json()["voices"]
+                assert (await http.get("/v1/voices")).json() == {"voices": []}  # not asked for
                 await socket.send('{"type": "close"}')
                 async for _ in socket:
                     pass
@@ -547,10 +546,6 @@ class TestPeople:
         later = [e for e in house.events if e.type == "turn.ended" and e.seq > identified.seq]
         assert all(e.speaker.identity == "Anna" for e in later if e.speaker.label == label)
         assert [e.seq for e in house.events] == list(range(len(house.events)))
-        if enrolled.status_code == 200:
-            assert known == ["Anna"]
-        else:
-            assert "s of clean speech so far; expected at least 1 s" in enrolled.json()["error"]
 
 
 class TestDeepgram:

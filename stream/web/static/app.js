@@ -230,6 +230,8 @@ async function ask(label) {
   $("naming-label").textContent = chosen.name(label);
   $("naming-name").value = chosen.names.get(label) ?? "";
   $("naming-enrol").checked = false;
+  $("naming-consent").value = $("naming-days").value = "";
+  keeping();
   $("naming-error").textContent = "";
   $("naming").dataset.label = label;
   $("naming").dataset.session = chosen.id;
@@ -246,14 +248,27 @@ async function ask(label) {
   }
 }
 
+// What is kept with a voice is asked only of those who keep one.
+function keeping() {
+  const on = $("naming-enrol").checked;
+  $("naming-voice").hidden = !on;
+  $("naming-enrol").setAttribute("aria-expanded", String(on));
+  // A hidden field that is wrong would hold the form back, unseen.
+  $("naming-consent").disabled = $("naming-days").disabled = !on;
+}
+
+$("naming-enrol").addEventListener("change", keeping);
 $("naming-cancel").addEventListener("click", () => $("naming").close());
 $("naming").querySelector("form").addEventListener("submit", async (submit) => {
   submit.preventDefault();
   const { label, session } = $("naming").dataset;
+  const enrol = $("naming-enrol").checked;
+  const consent = $("naming-consent").value.trim() || null;
+  const days = Number($("naming-days").value) || null;
   const answer = await fetch(`/v1/sessions/${encodeURIComponent(session)}/speakers/${label}`, {
     method: "PUT",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ name: $("naming-name").value, enrol: $("naming-enrol").checked }),
+    body: JSON.stringify({ name: $("naming-name").value, enrol, ...(enrol && { consent, days }) }),
   });
   if (answer.ok) $("naming").close();
   else $("naming-error").textContent = (await answer.json()).error;
