@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from stream.daemon import run
 from stream.sources.line import Line
 from stream.sources.pcm import BYTES, PcmDecoder
 from stream.sources.source import SourceError
+from stream.sources.tcp import TcpSource
 from tests.stream.conftest import speechlike
+from tests.stream.house import until
 from tests.stream.test_daemon import collected, config, content
 
 
@@ -161,6 +164,85 @@ async def test_a_tcp_connection_is_a_stream_like_the_file(checkpoint, tmp_path, 
         summary = await running
     assert content(events) == content(expected)
     assert summary.sessions == 1
+
+
+@asynccontextmanager
+async def door(checkpoint, listening, engine=None, **keys):
+    """A daemon with nothing but a TCP port → the port, its events; drained at the end."""
+    stop, events = asyncio.Event(), []
+    sources = {"door": {"kind": "tcp", "port": 0, **keys}}
+    settings = config(checkpoint, sources, engine=engine, session={"heartbeat_s": 0})
+    running = asyncio.create_task(run(settings, on_event=events.append, stop=stop))
+    try:
+        yield await listening.get(), events
+    finally:
+        stop.set()
+        await running
+
+
+def of_type(events, kind):
+    return [event for event in events if event.type == kind]
+
+
+@pytest.mark.parametrize("channel", [None, 0, 1])
+async def test_of_a_tcp_connections_channels_one_or_the_mean_is_heard(
+    checkpoint, tmp_path, listening, channel
+):
+    both = np.stack([speechlike(3 * SAMPLE_RATE, seed) for seed in (5, 6)], 1)
+    soundfile.write(tmp_path / "a.wav", both, SAMPLE_RATE, subtype="PCM_16")
+    pcm, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    file = {"kind": "file", "path": tmp_path / "a.wav", "channel": channel}
+    expected, _ = await collected(config(checkpoint, {"door-1": file}, session={"heartbeat_s": 0}))
+    async with door(checkpoint, listening, channels=2, channel=channel) as (port, events):
+        # Pieces of odd lengths: a sample, and a frame, may come in two.
+        await send(port, pcm.astype("<i2").tobytes(), pieces=13)
+        async with asyncio.timeout(30):
+            await until(lambda: bool(of_type(events, "session.closed")))
+    assert content(events) == content(expected)
+
+
+def test_a_channel_a_tcp_connection_does_not_have_is_said():
+    with pytest.raises(ValueError, match="channel: expected 0 to 1, got 2"):
+        TcpSource(port=0, channels=2, channel=2)
+
+
+async def test_one_tcp_connection_too_many_is_hung_up_on_until_another_ends(checkpoint, listening):
+    second = np.zeros(SAMPLE_RATE, "<i2").tobytes()
+    async with asyncio.timeout(60), door(checkpoint, listening, streams=2) as (port, events):
+        callers = []
+        for count in (1, 2):
+            callers.append(await asyncio.open_connection("127.0.0.1", port))
+            callers[-1][1].write(second)
+            await until(lambda count=count: len(of_type(events, "session.opened")) == count)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+        writer.close()
+        assert len(of_type(events, "session.opened")) == 2
+        callers[0][1].close()
+        await until(lambda: bool(of_type(events, "session.closed")))
+        await send(port, second)
+        await until(lambda: len(of_type(events, "session.closed")) == 2)
+        callers[1][1].close()
+        await until(lambda: len(of_type(events, "session.closed")) == 3)
+    streams = [event.stream_id for event in of_type(events, "session.opened")]
+    assert streams == ["door-1", "door-2", "door-3"]
+
+
+async def test_a_silent_tcp_connection_is_closed_and_its_audio_heard(checkpoint, listening):
+    async with asyncio.timeout(60), door(checkpoint, listening, idle_s=0.3) as (port, events):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(4):  # longer than `idle_s`, but never silent for so long
+            writer.write(np.zeros(SAMPLE_RATE // 4, "<i2").tobytes())
+            await asyncio.sleep(0.15)
+        assert not of_type(events, "session.closed")
+        assert await reader.read() == b""
+        writer.close()
+        await until(lambda: bool(of_type(events, "session.closed")))
+    (closed,) = of_type(events, "session.closed")
+    assert closed.reason == "error"
+    (error,) = of_type(events, "error")
+    assert "no audio for 0.3 s" in error.message
+    assert closed.totals["audio_s"] == pytest.approx(1.0)
 
 
 async def test_a_port_that_is_taken_is_said_in_one_line(checkpoint):
