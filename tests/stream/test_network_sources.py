@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stream.clock import SAMPLE_RATE
 from stream.daemon import run
+from stream.engine import EngineFull
 from stream.sources.line import Line
 from stream.sources.pcm import BYTES, PcmDecoder
 from stream.sources.source import SourceError
@@ -201,9 +202,70 @@ async def test_of_a_tcp_connections_channels_one_or_the_mean_is_heard(
     assert content(events) == content(expected)
 
 
-def test_a_channel_a_tcp_connection_does_not_have_is_said():
-    with pytest.raises(ValueError, match="channel: expected 0 to 1, got 2"):
-        TcpSource(port=0, channels=2, channel=2)
+async def test_a_tcp_connections_channels_apart_are_streams_apart(checkpoint, tmp_path, listening):
+    both = np.stack([speechlike(3 * SAMPLE_RATE, seed) for seed in (5, 6)], 1)
+    soundfile.write(tmp_path / "a.wav", both, SAMPLE_RATE, subtype="PCM_16")
+    pcm, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    names = ["door-1-1", "door-1-2"]
+    async with (
+        asyncio.timeout(60),
+        # The one connection's two streams are all there is room for.
+        door(checkpoint, listening, channels=2, apart=2, streams=3) as (port, events),
+    ):
+        sending = asyncio.create_task(send(port, pcm.astype("<i2").tobytes(), pieces=13))
+        await until(lambda: len(of_type(events, "session.opened")) == 2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+        writer.close()
+        await sending
+        await until(lambda: len(of_type(events, "session.closed")) == 2)
+    assert {event.stream_id for event in events} == set(names)
+    for channel, name in enumerate(names):
+        file = {"kind": "file", "path": tmp_path / "a.wav", "channel": channel}
+        expected, _ = await collected(config(checkpoint, {name: file}, session={"heartbeat_s": 0}))
+        assert content(event for event in events if event.stream_id == name) == content(expected)
+
+
+async def test_a_channel_that_is_refused_does_not_hold_up_the_other(listening):
+    """What would wait for it is longer than its buffer."""
+
+    class Half:
+        """An intake with room for the first channel only."""
+
+        def __init__(self):
+            self.stop, self.heard = asyncio.Event(), 0
+
+        def listening(self, name):
+            pass
+
+        async def stream(self, name, source):
+            if name == "door-1-2":
+                raise EngineFull("no slot is free")
+            async with source.open() as blocks:
+                async for block in blocks:
+                    self.heard += len(block.samples)
+            self.stop.set()
+
+    intake = Half()
+    source = TcpSource(port=0, channels=2, apart=2, buffer_ms=100)
+    async with asyncio.timeout(20):
+        serving = asyncio.create_task(source.serve("door", intake))
+        await send(await listening.get(), np.zeros((3 * SAMPLE_RATE, 2), "<i2").tobytes())
+        await serving
+    assert intake.heard == 3 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"channels": 2, "channel": 2}, "channel: expected 0 to 1, got 2"),
+        ({"channels": 2, "apart": 3}, "apart: expected 2 at most, got 3"),
+        ({"channels": 2, "apart": 2, "streams": 1}, "streams: expected at least 2, got 1"),
+    ],
+)
+def test_a_channel_a_tcp_connection_does_not_have_is_said(choice, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        TcpSource(port=0, **choice)
 
 
 async def test_one_tcp_connection_too_many_is_hung_up_on_until_another_ends(checkpoint, listening):
