@@ -1,12 +1,14 @@
 """The commands an operator types."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sinks.events import parse
 from tests.e2e.conftest import ROOT
 
 
@@ -27,6 +29,22 @@ def test_the_tour_is_good_and_shown_with_its_defaults():
     assert "lookahead_ms: 240" in shown
     schema = json.loads(livesat("config", "schema").stdout)
     assert {"engine", "sources", "sinks", "server"} <= set(schema["properties"])
+
+
+def test_the_tour_runs_as_it_is(tmp_path):
+    for file in ("config.yaml", "stream/demo/meeting.flac"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).symlink_to(ROOT / file)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = livesat("run", "--config", "config.yaml", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    events = [parse(line) for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
+    assert (events[0].type, events[-1].type) == ("session.opened", "session.closed")
+    assert events[-1].reason == "ended"
+    said = [event.text for event in events if event.type == "transcript.final"]
+    assert said
+    assert all(text in done.stdout for text in said)
 
 
 def test_a_wrong_configuration_is_a_line_and_an_exit_code(tmp_path):
@@ -142,8 +160,6 @@ def test_a_package_of_someone_else_adds_a_sink(tmp_path):
         f"sources: {{a: {{kind: file, path: {audio}}}}}\n"
         f"sinks: {{l: {{kind: lamp, path: {out}}}}}\nlog: {{level: error}}\n"
     )
-    import os
-
     path = os.pathsep.join([str(site), str(ROOT)])
     result = livesat("run", cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stderr

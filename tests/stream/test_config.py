@@ -1,12 +1,17 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
-from sinks import MqttSettings
+from sinks import KINDS, MqttSettings, SinkSettings
 from stream.config import Config, ConfigError, load, parse
-from stream.sources import FileSource, StdinSource
+from stream.log import LogSettings
+from stream.server import ServerSettings
+from stream.sources import AnySource, FileSource, StdinSource
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,6 +218,73 @@ def test_the_tour_in_the_repository_is_valid():
     config = load(ROOT / "config.yaml")
     assert {source.kind for source in config.sources.values()} == {"file"}
     assert {sink.kind for sink in config.sinks.values()} == {"stdout", "jsonl"}
+
+
+def uncommented(monkeypatch):
+    """The tour with all that is commented in it."""
+    text = (ROOT / "config.yaml").read_text()
+    for variable in re.findall(r"\$\{(LIVESAT_\w+)\}", text):
+        monkeypatch.setenv(variable, "a-secret-that-is-long-enough")
+    return re.sub(r"^( *)# ( *[a-z]\w*:(?: .*)?)$", r"\1\2", text, flags=re.MULTILINE)
+
+
+ELSEWHERE = {"password_env"}
+"""Keys that exclude another one, whose comment names them."""
+
+SECRET = {"username", "user", "password", "secret", "bearer"}
+"""Keys whose value in the tour is an example."""
+
+
+def test_the_tour_shows_every_key_there_is(tmp_path, monkeypatch):
+    config = load(written(tmp_path, uncommented(monkeypatch)))
+    shown = {type(each): each.model_fields_set for each in config.sources.values()}
+    shown |= {type(each): each.model_fields_set for each in config.sinks.values()}
+    sources, sinks = get_args(get_args(AnySource)[0]), set(KINDS.values())
+    assert set(shown) == {*sources, *sinks}
+    of_every_sink = set(SinkSettings.model_fields)
+    missing = {
+        kind.__name__: absent
+        for kind, keys in shown.items()
+        if (absent := {*kind.model_fields} - keys - ELSEWHERE - of_every_sink)
+    }
+    assert missing == {}
+    assert any(shown[kind] >= of_every_sink for kind in sinks)
+    assert set(Config.model_fields) == config.model_fields_set
+    tracks = {name: getattr(config.tracks, name) for name in type(config.tracks).model_fields}
+    sections = {name: getattr(config, name) for name in Config.model_fields} | tracks
+    for name, section in sections.items():
+        if isinstance(section, BaseModel):
+            assert section.model_fields_set == {*type(section).model_fields}, name
+
+
+def test_the_tour_shows_the_defaults(tmp_path, monkeypatch):
+    config = load(written(tmp_path, uncommented(monkeypatch)))
+    assert config.server is not None
+    assert config.server.model_copy(update={"token": None}) == ServerSettings()
+    assert config.log.model_copy(update={"level": "info"}) == LogSettings()
+    for name in ("engine", "session", "fanout", "tracks"):
+        assert getattr(config, name) == Config.model_fields[name].default, name
+    different = {
+        (each.kind, key)
+        for each in (*config.sources.values(), *config.sinks.values())
+        for key, field in type(each).model_fields.items()
+        if not field.is_required() and key not in SECRET
+        if getattr(each, key) != field.get_default(call_default_factory=True)
+    }
+    assert different == {
+        ("file", "apart"),
+        ("av", "apart"),
+        ("av", "options"),
+        ("microphone", "apart"),
+        ("rtp", "apart"),
+        ("rtp", "channels"),
+        ("rtp", "rate"),
+        ("jsonl", "existing"),
+        ("mqtt", "keep"),  # what `sources` adds
+        ("mqtt", "node"),
+        ("mqtt", "tls"),
+        ("nats", "node"),
+    }
 
 
 def test_torch_is_not_imported_before_it_is_needed():
