@@ -20,6 +20,7 @@ from pydantic import Field, SecretStr
 from sinks.envelope import MEDIA, EnvelopeSettings
 from sinks.events import Event
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import TlsSettings
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -51,6 +52,9 @@ class NatsSettings(EnvelopeSettings, frozen=True):
     password: SecretStr | None = None
     token: SecretStr | None = None
     credentials: Path | None = Field(default=None, description="A .creds file.")
+    tls: TlsSettings | None = Field(
+        default=None, description="{}, as a tls:// URL, trusts the system's CAs."
+    )
     timeout_s: float = Field(default=5.0, gt=0, description="How long the server may take.")
     in_flight: int = Field(
         default=1,
@@ -65,11 +69,10 @@ class NatsSettings(EnvelopeSettings, frozen=True):
         """Connect, and make the stream if it is not there.
 
         Raises:
-            SinkError: the driver is not installed, the server is not there or refuses us, or has no
-                JetStream.
+            SinkError: the driver is not installed, the server is not there or refuses us, its
+                certificate is not good, or it has no JetStream.
         """
         try:
-            import nats
             import nats.errors
             import nats.js.errors
         except ModuleNotFoundError as error:
@@ -83,6 +86,8 @@ class NatsSettings(EnvelopeSettings, frozen=True):
             lost.set()
 
         denied: list[str] = []
+        plain = self.tls is None and not any(url.startswith("tls:") for url in self.servers)
+        tls = None if plain else await asyncio.to_thread((self.tls or TlsSettings()).context)
 
         async def told(error: Exception) -> None:
             """What goes wrong is told by the calls that it concerns, but for a lack of rights."""
@@ -91,14 +96,16 @@ class NatsSettings(EnvelopeSettings, frozen=True):
                     log.error("nats refuses a subject", error=str(error))
                 denied[:] = [str(error)]
 
+        client = _client(encrypted=not plain)
         try:
             async with asyncio.timeout(self.timeout_s):
-                client = await nats.connect(
+                await client.connect(
                     servers=list(self.servers),
                     user=self.user,
                     password=None if self.password is None else self.password.get_secret_value(),
                     token=None if self.token is None else self.token.get_secret_value(),
                     user_credentials=None if self.credentials is None else str(self.credentials),
+                    tls=tls,
                     name="livesat",
                     connect_timeout=int(max(self.timeout_s, 1)),
                     # The fanout opens us again: a client that did it too would hide an outage.
@@ -145,6 +152,25 @@ class NatsSettings(EnvelopeSettings, frozen=True):
         kind = "event" if event.is_final else "partial"
         parts = (self.root, "v1", self.node, event.stream_id, kind, event.type)
         return ".".join(token(part) for part in parts)
+
+
+def _client(*, encrypted: bool) -> "Client":
+    """The driver's client; one that is to be encrypted tells nothing to a server without TLS.
+
+    The driver encrypts only if the server asks for it, and would show it our password in clear.
+    """
+    from nats.aio.client import Client
+    from nats.errors import Error
+
+    class Encrypted(Client):
+        def _connect_command(self) -> bytes:
+            if not self._server_info.get("tls_required"):
+                if self._transport is not None:
+                    self._transport.close()  # the driver would leave it open
+                raise Error("nats: expected TLS, the server has none")
+            return super()._connect_command()
+
+    return Encrypted() if encrypted else Client()
 
 
 def token(name: str) -> str:

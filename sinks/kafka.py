@@ -5,7 +5,6 @@ The driver, aiokafka, is imported when a sink is opened.
 """
 
 import asyncio
-import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -16,6 +15,7 @@ from pydantic import Field, SecretStr
 from sinks.envelope import MEDIA, EnvelopeSettings
 from sinks.events import Event
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import Tls
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
@@ -35,7 +35,7 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
     )
     topic: str = Field(default="livesat.events.v1", pattern=r"^[A-Za-z0-9._-]{1,249}$")
     compression: Literal["gzip"] | None = None
-    tls: bool = False
+    tls: Tls = Field(default=None, description="true or {} trusts the system's CAs.")
     username: str | None = Field(default=None, description="For SASL/PLAIN.")
     password: SecretStr | None = None
     timeout_s: float = Field(default=10.0, gt=0, description="How long the cluster may take.")
@@ -48,7 +48,7 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
         """Connect.
 
         Raises:
-            SinkError: the driver is not installed, or no broker is there.
+            SinkError: the driver is not installed, no broker is there, or TLS is not possible.
         """
         try:
             from aiokafka import AIOKafkaProducer
@@ -70,7 +70,11 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
             await _leave(producer)
 
     def options(self) -> dict[str, Any]:
-        """What the producer is made with; blocking, with TLS."""
+        """What the producer is made with; blocking, with TLS.
+
+        Raises:
+            SinkError: a file of TLS is missing or not what it should be.
+        """
         options: dict[str, Any] = {
             "bootstrap_servers": list(self.brokers),
             "client_id": "livesat",
@@ -85,9 +89,9 @@ class KafkaSettings(EnvelopeSettings, frozen=True):
             (False, False): "SASL_PLAINTEXT",
             (True, True): "SSL",
             (True, False): "SASL_SSL",
-        }[self.tls, plain]
-        if self.tls:
-            options["ssl_context"] = ssl.create_default_context()
+        }[self.tls is not None, plain]
+        if self.tls is not None:
+            options["ssl_context"] = self.tls.context()
         if not plain:
             secret = self.password.get_secret_value() if self.password is not None else ""
             options |= {

@@ -27,17 +27,15 @@ import json
 import os
 import re
 import socket
-import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Literal, Self
 from urllib.parse import quote
 
 import structlog
-from pydantic import AwareDatetime, BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic import AwareDatetime, Field, SecretStr, field_validator, model_validator
 
 from sinks.events import (
     Event,
@@ -51,6 +49,7 @@ from sinks.events import (
     dump,
 )
 from sinks.sink import Rejected, SinkError, SinkSettings
+from sinks.tls import TlsSettings
 
 if TYPE_CHECKING:
     from sinks.mqtt_connection import Connection
@@ -84,31 +83,6 @@ class StreamState(Model, frozen=True):
     speaking: list[Speaker] = Field(description="Who speaks now, the earliest first.")
     time: float = Field(ge=0, description="Seconds since the session opened.")
     wall_time: AwareDatetime = Field(description="When that event was emitted (RFC 3339).")
-
-
-class TlsSettings(BaseModel, frozen=True, extra="forbid"):
-    """An encrypted connection; the broker's certificate and name are always checked."""
-
-    ca_file: Path | None = Field(
-        default=None, description="Certificates to trust; the system's when absent."
-    )
-    cert_file: Path | None = Field(default=None, description="Our own certificate, with its chain.")
-    key_file: Path | None = Field(default=None, description="The key of our own certificate.")
-
-    def context(self) -> ssl.SSLContext:
-        """Load the certificates; blocking.
-
-        Raises:
-            SinkError: a file is missing or not what it should be.
-        """
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file)
-            if self.cert_file is not None:
-                context.load_cert_chain(self.cert_file, self.key_file)
-        except OSError as error:
-            files = ", ".join(str(f) for f in (self.ca_file, self.cert_file, self.key_file) if f)
-            raise SinkError(f"cannot use the TLS files {files}: {error}") from None
-        return context
 
 
 class MqttSettings(SinkSettings, frozen=True):

@@ -4,8 +4,10 @@ Keys are ``<root>:v1:<stream>``; fields are ``id``, ``type``, ``session_id``, ``
 the JSON object. The driver, redis, is imported when a sink is opened.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, SecretStr
@@ -13,6 +15,7 @@ from pydantic import Field, SecretStr
 from sinks.envelope import EnvelopeSettings
 from sinks.events import Event
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import Tls
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -33,7 +36,7 @@ class RedisSettings(EnvelopeSettings, frozen=True):
     host: str = Field(default="localhost", min_length=1)
     port: int = Field(default=6379, ge=1, le=65535)
     database: int = Field(default=0, ge=0)
-    tls: bool = False
+    tls: Tls = Field(default=None, description="true or {} trusts the system's CAs.")
     username: str | None = None
     password: SecretStr | None = None
     root: str = Field(default="livesat", min_length=1, description="First part of every key.")
@@ -50,7 +53,8 @@ class RedisSettings(EnvelopeSettings, frozen=True):
         """Connect.
 
         Raises:
-            SinkError: the driver is not installed, or the server is not there or refuses us.
+            SinkError: the driver is not installed, the server is not there or refuses us, or its
+                certificate is not good.
         """
         try:
             from redis.asyncio import Redis
@@ -61,11 +65,18 @@ class RedisSettings(EnvelopeSettings, frozen=True):
             raise SinkError(
                 f"the redis sink needs {error.name}: pip install 'livesat[redis]'"
             ) from None
+        if self.tls is not None:
+            # The driver loads the files by itself, and would not say which one is wrong.
+            await asyncio.to_thread(self.tls.context)
         client = Redis(
             host=self.host,
             port=self.port,
             db=self.database,
-            ssl=self.tls,
+            ssl=self.tls is not None,
+            ssl_ca_certs=None if self.tls is None else _path(self.tls.ca_file),
+            ssl_certfile=None if self.tls is None else _path(self.tls.cert_file),
+            ssl_keyfile=None if self.tls is None else _path(self.tls.key_file),
+            ssl_check_hostname=True,  # drivers before 6 do not by themselves
             username=self.username,
             password=None if self.password is None else self.password.get_secret_value(),
             socket_timeout=self.timeout_s,
@@ -83,6 +94,10 @@ class RedisSettings(EnvelopeSettings, frozen=True):
             yield RedisSink(self, client)
         finally:
             await client.aclose()
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 class RedisSink:

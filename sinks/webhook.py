@@ -27,6 +27,7 @@ from pydantic import Field, HttpUrl, SecretStr, model_validator
 from sinks.envelope import EnvelopeSettings
 from sinks.events import Event
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import TlsSettings
 
 if TYPE_CHECKING:
     import httpx
@@ -44,6 +45,9 @@ class WebhookSettings(EnvelopeSettings, frozen=True):
     url: HttpUrl = Field(description="http:// or https://.")
     secret: SecretStr | None = Field(default=None, description="Signs every batch.")
     bearer: SecretStr | None = Field(default=None, description="Sent as Authorization: Bearer.")
+    tls: TlsSettings | None = Field(
+        default=None, description="For https://; without it well-known CAs are trusted."
+    )
     batch: int = Field(default=100, ge=1, le=10_000, description="Events in one request at most.")
     timeout_s: float = Field(default=10.0, gt=0, description="How long the receiver may take.")
     partials: bool = Field(
@@ -61,7 +65,7 @@ class WebhookSettings(EnvelopeSettings, frozen=True):
         """Nothing is sent yet: a receiver that is not there is seen at the first batch.
 
         Raises:
-            SinkError: the driver is not installed.
+            SinkError: the driver is not installed, or a file of TLS is not what it should be.
         """
         try:
             import httpx
@@ -69,11 +73,13 @@ class WebhookSettings(EnvelopeSettings, frozen=True):
             raise SinkError(
                 f"the webhook sink needs {error.name}: pip install 'livesat[webhook]'"
             ) from None
+
+        def make() -> httpx.AsyncClient:
+            verify = True if self.tls is None else self.tls.context()
+            return httpx.AsyncClient(timeout=self.timeout_s, follow_redirects=False, verify=verify)
+
         # In a thread: it loads the certificates we trust, which takes tens of milliseconds.
-        client = await asyncio.to_thread(
-            httpx.AsyncClient, timeout=self.timeout_s, follow_redirects=False
-        )
-        async with client:
+        async with await asyncio.to_thread(make) as client:
             yield WebhookSink(self, client)
 
 

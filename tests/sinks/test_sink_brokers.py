@@ -32,11 +32,15 @@ from sinks.events import parse
 from sinks.jetstream import NatsSink
 from sinks.redis_streams import RedisSink
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import TlsSettings
 from stream.fanout import Fanout, FanoutSettings
 from tests.broker import Server, nats_server, stored
+from tests.certificates import REFUSED, certificates, without_openssl
 from tests.kafka import Cluster
 from tests.sinks.samples import Talk
 from tests.stream.house import until
+
+__all__ = ["certificates"]
 
 FAST = FanoutSettings(retry_first_s=0.02, retry_longest_s=0.05)
 
@@ -124,6 +128,60 @@ class TestNats:
         finally:
             server.kill()
 
+    @without_openssl
+    @pytest.mark.parametrize("url", ["nats", "tls"])
+    @pytest.mark.parametrize(("shown", "trusted", "wrong"), [("good", "ca", None), *REFUSED])
+    async def test_tls_wants_a_certificate_it_can_trust(
+        self,
+        tmp_path: Path,
+        certificates: Path,
+        shown: str,
+        trusted: str,
+        wrong: str | None,
+        url: str,
+    ) -> None:
+        own = (
+            "--tlscert",
+            f"{certificates / shown}.pem",
+            "--tlskey",
+            f"{certificates / shown}.key",
+        )
+        server = Server(*nats_server(tmp_path), "--tls", *own).start()
+        settings = NatsSettings(
+            servers=(f"{url}://u:hush@127.0.0.1:{server.port}",),
+            tls=TlsSettings(ca_file=certificates / f"{trusted}.pem"),
+        )
+        try:
+            if wrong is None:
+                async with settings.open() as sink:
+                    await sink.send(Talk().warning())
+            else:
+                with pytest.raises(Disconnected, match=wrong) as refused:
+                    async with settings.open():
+                        pass
+                assert "hush" not in str(refused.value)
+        finally:
+            server.kill()
+
+    @pytest.mark.parametrize("given", [{"tls": {}}, {"url": "tls"}])
+    async def test_a_server_without_tls_learns_no_password(self, given: dict[str, Any]) -> None:
+        heard: list[bytes] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'INFO {"server_id":"x","version":"2.10.0","max_payload":1000}\r\n')
+            heard.append(await reader.read())
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        url = f"{given.pop('url', 'nats')}://u:hush@127.0.0.1:{port}"
+        async with server:
+            with pytest.raises(Disconnected, match="expected TLS, the server has none"):
+                async with NatsSettings(servers=(url,), **given).open():
+                    pass
+            await until(lambda: bool(heard))
+        assert heard == [b""]
+
     async def test_a_server_that_is_not_there_is_said(self) -> None:
         with pytest.raises(Disconnected, match=r"nats nats://127\.0\.0\.1:9: "):
             async with NatsSettings(servers=("nats://u:hush@127.0.0.1:9",)).open():
@@ -177,6 +235,32 @@ class TestRedis:
             with pytest.raises(Disconnected, match="redis: "):
                 await sink.send(Talk().warning())
         assert sum(b"XADD" in data for data in came) == 1
+
+    @without_openssl
+    @pytest.mark.parametrize(("shown", "trusted", "wrong"), [("good", "ca", None), *REFUSED])
+    async def test_tls_wants_a_certificate_it_can_trust(
+        self, tmp_path: Path, certificates: Path, shown: str, trusted: str, wrong: str | None
+    ) -> None:
+        if shutil.which("redis-server") is None:
+            pytest.skip("redis-server is not installed")
+        server = Server(
+            *("redis-server", "--port", "0", "--tls-port", "PORT", "--bind", "127.0.0.1"),
+            *("--tls-cert-file", f"{certificates / shown}.pem", "--dir", str(tmp_path)),
+            *("--tls-key-file", f"{certificates / shown}.key", "--tls-auth-clients", "no"),
+            *("--tls-ca-cert-file", str(certificates / "ca.pem")),
+        ).start()
+        tls = TlsSettings(ca_file=certificates / f"{trusted}.pem")
+        settings = RedisSettings(host="127.0.0.1", port=server.port, tls=tls)
+        try:
+            if wrong is None:
+                async with settings.open() as sink:
+                    await sink.send(Talk().warning())
+            else:
+                with pytest.raises(Disconnected, match=wrong):
+                    async with settings.open():
+                        pass
+        finally:
+            server.kill()
 
     async def test_a_server_that_is_full_takes_it_later(self, redis: Server) -> None:
         settings = RedisSettings(host="127.0.0.1", port=redis.port)
@@ -419,7 +503,7 @@ class TestKafkasDriver:
         threads: list[threading.Thread] = []
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
-        def load() -> ssl.SSLContext:
+        def load(**_: Any) -> ssl.SSLContext:
             threads.append(threading.current_thread())
             return context
 
@@ -429,6 +513,14 @@ class TestKafkasDriver:
         assert Producer.made[0].options["ssl_context"] is context
         assert len(threads) == 1
         assert threads[0] is not threading.current_thread()
+
+    @without_openssl
+    def test_an_authority_of_ones_own_is_trusted(self, certificates: Path) -> None:
+        tls = {"ca_file": certificates / "ca.pem"}
+        context = KafkaSettings.model_validate({"tls": tls}).options()["ssl_context"]
+        assert context.verify_mode == ssl.CERT_REQUIRED
+        assert context.check_hostname
+        assert [ca["subject"] for ca in context.get_ca_certs()] == [((("commonName", "ca"),),)]
 
     async def test_no_broker_is_said(self) -> None:
         with pytest.raises(Disconnected, match=r"kafka nobody:1: .*Unable to bootstrap"):

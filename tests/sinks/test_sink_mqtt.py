@@ -1,7 +1,6 @@
 import asyncio
 import gc
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,12 +20,16 @@ from pydantic import SecretStr, ValidationError
 
 from sinks import mqtt as module
 from sinks.events import parse
-from sinks.mqtt import MqttSettings, StreamState, TlsSettings, level
+from sinks.mqtt import MqttSettings, StreamState, level
 from sinks.mqtt_connection import Connection
 from sinks.sink import Disconnected, Rejected, SinkError
+from sinks.tls import TlsSettings
 from stream.fanout import Fanout, FanoutSettings
 from tests.broker import Broker
+from tests.certificates import REFUSED, certificates, without_openssl
 from tests.sinks.samples import Talk
+
+__all__ = ["certificates"]
 
 pytestmark = pytest.mark.broker
 
@@ -62,14 +65,6 @@ def write_passwords(path: Path, name: str, password: str) -> None:
 def write_acl(path: Path, *topics: str) -> None:
     path.write_text("topic read #\n" + "".join(f"topic write {topic}\n" for topic in topics))
     path.chmod(0o600)
-
-
-def write_certificate(path: Path, key: Path) -> None:
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    algorithm = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    out = ["-keyout", key, "-out", path, "-days", "2"]
-    command = ["openssl", "req", "-x509", *algorithm, *out, *subject]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 class Gate:
@@ -435,22 +430,34 @@ async def test_an_event_under_way_is_sent_again(broker: Broker) -> None:
 
 # paho leaves the socket of a handshake that failed to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+@without_openssl
+@pytest.mark.parametrize(("shown", "trusted", "wrong"), [("good", "ca", None), *REFUSED])
 async def test_tls_wants_a_certificate_it_can_trust(
-    make_broker: Callable[..., Broker], tmp_path: Path
+    make_broker: Callable[..., Broker],
+    certificates: Path,
+    shown: str,
+    trusted: str,
+    wrong: str | None,
 ) -> None:
-    key, cert, other = tmp_path / "key.pem", tmp_path / "cert.pem", tmp_path / "other.pem"
-    for path in (other, cert):
-        write_certificate(path, key)
-    broker = make_broker(f"cafile {cert}\ncertfile {cert}\nkeyfile {key}\n")
-    async with settings(broker, tls=TlsSettings(ca_file=cert)).open() as sink:
-        await sink.send(Talk().opened())
-    with pytest.raises(SinkError, match=r"(?i)certificate verify failed"):
-        async with settings(broker, tls=TlsSettings(ca_file=other)).open():
-            pass
+    own = f"certfile {certificates / shown}.pem\nkeyfile {certificates / shown}.key\n"
+    broker = make_broker(own)
+    tls = TlsSettings(ca_file=certificates / f"{trusted}.pem")
+    secret = {"username": "ada", "password": SecretStr("hush")}
+    if wrong is None:
+        async with settings(broker, tls=tls, **secret).open() as sink:
+            await sink.send(Talk().opened())
+    else:
+        with pytest.raises(SinkError, match=wrong) as refused:
+            async with settings(broker, tls=tls, **secret).open():
+                pass
+        assert "hush" not in str(refused.value)
     gc.collect()
+
+
+async def test_tls_files_that_are_not_there_are_said(tmp_path: Path) -> None:
+    missing = MqttSettings(tls=TlsSettings(ca_file=tmp_path / "missing.pem"))
     with pytest.raises(SinkError, match=r"cannot use the TLS files .*missing.pem"):
-        async with settings(broker, tls=TlsSettings(ca_file=tmp_path / "missing.pem")).open():
+        async with missing.open():
             pass
 
 

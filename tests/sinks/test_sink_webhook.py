@@ -2,10 +2,12 @@ import asyncio
 import hashlib
 import hmac
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +18,10 @@ from sinks import WebhookSettings
 from sinks.events import parse
 from sinks.sink import Disconnected, Rejected, SinkError
 from stream.fanout import Fanout, FanoutSettings
+from tests.certificates import REFUSED, certificates, without_openssl
 from tests.sinks.samples import Talk
+
+__all__ = ["certificates"]
 
 
 class Receiver(ThreadingHTTPServer):
@@ -165,6 +170,26 @@ async def test_an_answer_that_drips_is_not_waited_for() -> None:
         with pytest.raises(Disconnected, match=r"127\.0\.0\.1: TimeoutError"):
             await sink.send(Talk().warning())
         await hung_up.wait()
+
+
+@without_openssl
+@pytest.mark.parametrize(("shown", "trusted", "wrong"), [("good", "ca", None), *REFUSED])
+async def test_tls_wants_a_certificate_it_can_trust(
+    receiver: Receiver, certificates: Path, shown: str, trusted: str, wrong: str | None
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{shown}.pem", certificates / f"{shown}.key")
+    receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+    url = receiver.url.replace("http:", "https:")
+    hook = settings(receiver, url=url, tls={"ca_file": certificates / f"{trusted}.pem"})
+    async with hook.open() as sink:
+        if wrong is None:
+            await sink.send(Talk().warning())
+            assert len(receiver.taken) == 1
+        else:
+            with pytest.raises(Disconnected, match=wrong):
+                await sink.send(Talk().warning())
+            assert receiver.requests == []
 
 
 async def test_certificates_are_loaded_in_a_thread(

@@ -1,61 +1,21 @@
 """Reliability bar, row 18: a connection that is not what it should be is refused, by both ends."""
 
 import json
-import shutil
 import ssl
-import subprocess
 
 import pytest
 import websockets
 
 from stream.sources.source import SourceError
+from tests.certificates import certificates, without_openssl
 from tests.stream.house import serving
 from tests.stream.test_daemon import config
 
 TOKEN = "a-token-that-is-long-enough"
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+__all__ = ["certificates"]
 
-
-def openssl(*arguments, cwd):
-    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """Two authorities; of the first a good certificate, an expired one and one of another host."""
-    folder = tmp_path_factory.mktemp("tls")
-    for name in ("ca", "other"):
-        openssl(
-            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"),
-            cwd=folder,
-        )
-    for name, host, days in (
-        ("good", "localhost", "2"),
-        ("expired", "localhost", "-1"),
-        ("elsewhere", "elsewhere.example", "2"),
-    ):
-        openssl(
-            *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={host}"),
-            *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
-            cwd=folder,
-        )
-        (folder / f"{name}.ext").write_text(f"subjectAltName=DNS:{host}\n")
-        span = ["-days", days]
-        if days == "-1":
-            span = ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"]
-        command = [
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
-            *("-CAcreateserial", "-extfile", f"{name}.ext", "-out", f"{name}.pem"),
-        ]
-        try:
-            openssl(*command, *span, cwd=folder)
-        except subprocess.CalledProcessError:
-            if days != "-1":
-                raise
-            openssl(*command, "-days", "-1", cwd=folder)  # openssl 3.0 has no -not_after
-    return folder
+pytestmark = without_openssl
 
 
 async def ready(house, authority, host="localhost"):
