@@ -247,6 +247,7 @@ class Feed:
         """Numbers count within it: a cursor of another process is older than everything here."""
         self.evicted = 0
         """Readers that were evicted so far."""
+        self._dropped = 0  # for readers that have gone
         self._queue_limit = queue
         self._history = History(history, partials)
         self._number = 0
@@ -257,6 +258,11 @@ class Feed:
     def __len__(self) -> int:
         """Readers."""
         return len(self._readers)
+
+    @property
+    def dropped(self) -> int:
+        """Partials that readers were too slow for, so far."""
+        return self._dropped + sum(reader.dropped for reader in self._readers)
 
     @property
     def kept(self) -> int:
@@ -274,7 +280,7 @@ class Feed:
         for reader in list(self._readers):
             reader.put(line)
             if reader.evicted:
-                self._readers.discard(reader)
+                self._forget(reader)
                 self.evicted += 1
         return line
 
@@ -328,7 +334,7 @@ class Feed:
     def leave(self, reader: Subscription) -> None:
         """The reader has gone."""
         reader.end()
-        self._readers.discard(reader)
+        self._forget(reader)
 
     def cursor(self, line: Line | None = None) -> str:
         """Where a reader that has seen ``line``, or everything so far, is."""
@@ -343,6 +349,11 @@ class Feed:
     def lines(self, session: str, admit: Callable[[Line], bool] = lambda _: True) -> list[Line]:
         """What is kept of a session, oldest first."""
         return self._history.lines(lambda line: line.session == session and admit(line))
+
+    def _forget(self, reader: Subscription) -> None:
+        if reader in self._readers:
+            self._readers.remove(reader)
+            self._dropped += reader.dropped
 
     def _since(
         self, wanted: Wanted, cursor: str | None, after: int | None

@@ -98,6 +98,10 @@ class Figures(Collector):
             "audio_seconds": ("Audio computed.", s.audio_s),
             "compute_seconds": ("Time of the inference.", s.compute_s),
             "gap_seconds": ("Audio lost in gaps.", s.lost_s),
+            "readers_dropped_partials": (
+                "Partials that subscribers were too slow for.",
+                self._desk.feed.dropped,
+            ),
             "readers_evicted": ("Subscribers that read too slowly.", s.evicted),
             "unhandled_exceptions": ("Exceptions that nobody retrieved.", s.faults),
         }

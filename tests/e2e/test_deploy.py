@@ -33,6 +33,7 @@ def test_the_dashboard_asks_for_metrics_there_are():
     from prometheus_client.exposition import generate_latest
 
     from stream.fanout import Statistics
+    from stream.feed import Feed
     from stream.metrics import Histogram
     from stream.server import Status
     from stream.web.health import Figures
@@ -72,6 +73,7 @@ def test_the_dashboard_asks_for_metrics_there_are():
 
     class Desk:
         lag = Histogram()
+        feed = Feed()
 
         def status(self):
             return status

@@ -79,6 +79,10 @@ class TestFeed:
         feed.publish(talk.warning())
         assert not slow.evicted
         assert slow.dropped > 300
+        assert feed.dropped == slow.dropped
+        feed.leave(slow)
+        feed.leave(slow)
+        assert feed.dropped == slow.dropped  # also when it has gone
         feed.close()
         assert [line.type for line in await read(slow)][-1] == "warning"
 
