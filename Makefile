@@ -19,7 +19,7 @@ SYSTEM := \
 	"util-linux:unshare:the test of a full disk" \
 	"chromium:chromium:the dashboard's tests"
 
-.PHONY: help setup absent demo test check bench scores pictures train-smoke build schema clean
+.PHONY: help setup absent demo test soak check bench scores pictures train-smoke build schema clean
 
 help:
 	@echo "make demo    watch the demo conversation live in this terminal, then its score"
@@ -54,6 +54,10 @@ demo: $(VENV)/.runtime
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# Ten minutes of eight live streams; lateness is judged without --untimed, on a machine of its own.
+soak: setup
+	$(BIN)/python -m benchmarks.soak --untimed
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
