@@ -174,7 +174,7 @@ def _ask(
     voices: Voices, vector: NDArray[np.float64], evidence_s: float
 ) -> tuple[str | None, float | None]:
     """Name and score of a voice; no score where there is not evidence enough."""
-    voices.observe(1, vector, evidence_s, [], 0)
+    voices.observe(1, vector, evidence_s, list, 0)
     verdict = voices.state.verdicts.get(1)
     return (None, None) if verdict is None else (verdict.identity, verdict.score)
 
