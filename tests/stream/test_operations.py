@@ -152,6 +152,7 @@ class TestReload:
                 await socket.recv()
                 await socket.send(pcm(speechlike(16_000)))
                 tree["session"]["heartbeat_s"] = 0.5
+                tree["session"]["state"] = str(path.with_name("sessions.db"))
                 tree["log"]["level"] = "info"
                 tree["engine"]["left_ms"] = 4000
                 path.write_text(yaml.safe_dump(tree))
@@ -181,7 +182,7 @@ class TestReload:
         house.stop.set()
         await running
         assert "restart the daemon for these" in output
-        assert "'engine'" in output
+        assert "'engine', 'session.state'" in output
         of = {
             name: [e.type for e in house.events if e.stream_id == name]
             for name in ("before", "after")
