@@ -223,8 +223,9 @@ class Spool:
 class DurableSpool(Spool):
     """The same with its finals in the outbox: they outlive the process.
 
-    In memory are the first `queue` finals only; the rest is read when those are delivered. While
-    there is such a rest, partials are out of date before they could be sent, and dropped.
+    In memory are the first `queue` finals and the last; what is between is read when the first are
+    delivered. While there is such a rest, partials are out of date before they could be sent, and
+    dropped.
     """
 
     def __init__(self, queue: int, spool: int, outbox: Outbox, sink: str) -> None:
@@ -235,6 +236,9 @@ class DurableSpool(Spool):
         # The rows that follow them. Which, and not how many: what is dropped while they are read,
         # or while the disk takes nothing, is then known for certain. Bound: `spool`.
         self._elsewhere = deque(outbox.found.pop(sink, ()))
+        # The last of these. Without them who has nearly caught up would wait for the disk again and
+        # again, while as much is added. Bound: `queue`.
+        self._latest: OrderedDict[int, Event] = OrderedDict()
 
     @property
     def finals(self) -> int:
@@ -252,8 +256,11 @@ class DurableSpool(Spool):
         return len(self._elsewhere) > 0 and len(self._rows) <= self._queue // 2
 
     async def refill(self) -> None:
-        """Bring in what waits on disk."""
+        """Bring in what waits elsewhere."""
         while self._elsewhere:
+            if self._elsewhere[0] in self._latest:
+                self._bring_latest()
+                return
             had = len(self._rows)
             rows = await self._outbox.read(self._sink, self._elsewhere[0] - 1, self._queue)
             for row in rows:
@@ -281,6 +288,9 @@ class DurableSpool(Spool):
             self._rows[self._add(event)] = n
         elif n is not None:
             self._elsewhere.append(n)
+            self._latest[n] = event
+            if len(self._latest) > self._queue:
+                self._latest.popitem(last=False)
         else:
             self.lost_finals += 1
 
@@ -302,10 +312,17 @@ class DurableSpool(Spool):
         self._partials.clear()
         self._under_way.clear()
         self._rows.clear()
+        self._latest.clear()
+
+    def _bring_latest(self) -> None:
+        while self._elsewhere and len(self._rows) < self._queue:
+            n = self._elsewhere.popleft()
+            self._rows[self._add(self._latest.pop(n))] = n
 
     def _bring(self, row: Row) -> None:
         while self._elsewhere and self._elsewhere[0] <= row.n:
             n = self._elsewhere.popleft()
+            self._latest.pop(n, None)
             event = self._parsed(row) if n == row.n else None
             if event is not None:
                 self._rows[self._add(event)] = n
@@ -325,7 +342,9 @@ class DurableSpool(Spool):
         if super()._drop_oldest_final():
             return True
         if self._elsewhere:
-            self._outbox.settle(self._elsewhere.popleft())
+            n = self._elsewhere.popleft()
+            self._latest.pop(n, None)
+            self._outbox.settle(n)
             return True
         return False
 

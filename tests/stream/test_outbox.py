@@ -129,6 +129,28 @@ class TestDelivery:
         finals = [event for event in down._got if event.is_final]
         assert finals == sent
 
+    async def test_who_has_caught_up_waits_for_the_disk_no_more(self, tmp_path, monkeypatch):
+        """While events keep coming, too: then a handful always waits."""
+        talk, sink, reads = Talk(), recorder(slow=True), list[int]()
+        read = Outbox.read
+
+        async def counted(outbox, name, after, limit):
+            reads.append(after)
+            return await read(outbox, name, after, limit)
+
+        monkeypatch.setattr(Outbox, "read", counted)
+        async with Fanout({"a": sink}, durable(tmp_path / "o.db", queue=8)) as out:
+            for _ in range(40):
+                await out.publish(talk.warning())
+            sink._gate.set()
+            for count in range(200):
+                enough = min(2 * count, 35 + count)  # twice as fast, then as fast, and 5 behind
+                await until(lambda: len(sink.seqs) >= enough)  # noqa: B023 - awaited here
+                await out.publish(talk.warning())
+            await until(lambda: len(sink.seqs) == 240)
+        assert sink.seqs == list(range(240))
+        assert len(reads) <= 20, reads  # those of the backlog
+
     async def test_beyond_the_cap_the_oldest_goes_and_is_counted(self, tmp_path):
         talk, down = Talk(), recorder()
         down._open_errors.extend([Disconnected("down")] * 10_000)
