@@ -77,6 +77,9 @@ class Connection(aiomqtt.Client):
         self._refusal: ReasonCode | None = None
         self._largest: int | None = None
         self._left = False
+        self._wrapped: ssl.SSLSocket | None = None
+        if tls is not None:
+            self._remember(tls)
         self._client.connect_timeout = timeout_s
 
     async def __aenter__(self) -> "Connection":
@@ -201,6 +204,17 @@ class Connection(aiomqtt.Client):
             self._refusal = reason_code
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
+    def _remember(self, tls: ssl.SSLContext) -> None:
+        """Keep the socket of a handshake: paho leaves one open whose certificate is refused."""
+        wrap = tls.wrap_socket
+
+        def wrapped(*given: Any, **keys: Any) -> ssl.SSLSocket:
+            self._wrapped = wrap(*given, **keys)
+            return self._wrapped
+
+        context: Any = tls
+        context.wrap_socket = wrapped
+
     # paho connects in a thread that a cancelled coroutine leaves running: what that thread opens
     # after we have left is not to be watched by the event loop.
 
@@ -236,6 +250,8 @@ class Connection(aiomqtt.Client):
             self._loop.remove_reader(left.fileno())
             self._loop.remove_writer(left.fileno())
             left.close()
+        if self._wrapped is not None:
+            self._wrapped.close()
         if self._misc_task is not None:
             self._misc_task.cancel()
             await asyncio.wait((self._misc_task,))

@@ -451,6 +451,7 @@ async def test_tls_wants_a_certificate_it_can_trust(
             async with settings(broker, tls=tls, **secret).open():
                 pass
         assert "hush" not in str(refused.value)
+        del refused
     gc.collect()
 
 
