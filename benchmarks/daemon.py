@@ -17,6 +17,11 @@ import httpx
 import yaml
 
 ROOT = Path(__file__).parents[1]
+MEETING = ROOT / "stream/demo/meeting.flac"
+SLOPE_MIB_H = 1.0
+"""How much a daemon may grow (reliability bar, row 15)."""
+OVERHEAD = 1.5
+"""Memory of a kept line of the feed, for each of its bytes."""
 STARTS_WITHIN_S = 120.0
 ENDS_WITHIN_S = 60.0
 
@@ -140,8 +145,17 @@ class Daemon:
 
 def resident_mib(pid: int) -> float:
     """Resident memory of a process."""
+    return _status_mib(pid, "VmRSS")
+
+
+def peak_mib(pid: int) -> float:
+    """The most resident memory a process has had."""
+    return _status_mib(pid, "VmHWM")
+
+
+def _status_mib(pid: int, field: str) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def open_files(pid: int) -> int:

@@ -23,26 +23,20 @@ import soundfile as sf
 import torch
 from rich.console import Console
 
-from benchmarks.daemon import ROOT, resident_mib
+from benchmarks.daemon import MEETING, OVERHEAD, SLOPE_MIB_H, resident_mib
+from benchmarks.streams import open_session
 from benchmarks.verdict import Verdict
-from sinks.events import Latency
 from stream.batcher import Ready
-from stream.chunker import Chunker
 from stream.clock import SAMPLE_RATE
 from stream.engine import Engine
 from stream.evaluate import thresholds
 from stream.feed import Feed
 from stream.inference import EngineSettings
 from stream.pulse import trim
-from stream.session import Session
 from stream.sources.source import Block
-from stream.tracks import Tracks, open_language_model
+from stream.tracks import open_language_model
 from stream.tracks.frames import Frames
 
-MEETING = ROOT / "stream/demo/meeting.flac"
-OVERHEAD = 1.5
-"""Memory of a kept line, beside its bytes."""
-SLOPE_MIB_H = 1.0
 SLOWER = 1.25
 """Processor time of the last hours, beside that of the first: what a shared machine can tell."""
 BESIDE = 3
@@ -83,24 +77,7 @@ class Day:
         language = open_language_model(
             settings.words, engine.loaded.language_file, engine.loaded.vocabulary
         )
-        latency = Latency(
-            chunk_ms=engine.settings.chunk_ms, lookahead_ms=engine.settings.lookahead_ms
-        )
-        self.session = Session(
-            stream_id="day",
-            source="benchmark",
-            checkpoint=engine.loaded.names,
-            latency=latency,
-            slot=engine.acquire(),
-            chunker=Chunker(self.size, engine.loaded.lead, receptive=engine.loaded.receptive),
-            tracks=lambda stamp: Tracks(
-                settings,
-                embed=engine.embed,
-                vocabulary=engine.loaded.vocabulary,
-                language=language,
-                stamp=stamp,
-            ),
-        )
+        self.session = open_session(engine, settings, "day", language)
         for event in self.session.opened():
             self.feed.publish(event)
 

@@ -34,7 +34,7 @@ import websockets
 from rich.console import Console
 from websockets.frames import Frame, Opcode
 
-from benchmarks.daemon import ROOT, Daemon, family, free_ports
+from benchmarks.daemon import MEETING, Daemon, family, free_ports, peak_mib
 from benchmarks.verdict import Verdict
 
 ALONE_S = 20.0
@@ -95,7 +95,7 @@ Attack = Callable[[Target, np.random.Generator], Awaitable[str]]
 
 async def good_client(target: Target, stop: asyncio.Event, lags: list[tuple[float, float]]) -> None:
     """Streams in real time; notes when each event came and how late it was."""
-    samples, _ = soundfile.read(ROOT / "stream/demo/meeting.flac", dtype="int16")
+    samples, _ = soundfile.read(MEETING, dtype="int16")
     url = target.url("/v1/audio?name=good")
     async with websockets.connect(url, ping_interval=None, additional_headers=target.known) as ws:
 
@@ -361,12 +361,6 @@ def forget_peak(pid: int) -> None:
     """The peak of a process's memory counts from now on, where Linux lets us say so."""
     with suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def peak_mib(pid: int) -> float:
-    """The most resident memory a process has had."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 async def measure(cases: int, console: Console) -> bool:

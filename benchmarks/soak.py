@@ -45,7 +45,7 @@ from rich.table import Table
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncTcpClient
 
-from benchmarks.daemon import ROOT, Daemon, free_ports, open_files
+from benchmarks.daemon import MEETING, OVERHEAD, SLOPE_MIB_H, Daemon, free_ports, open_files
 from benchmarks.verdict import Verdict
 from tests.broker import Broker, Server, mosquitto, nats_server, stored
 from tests.microphone import MISSING, FakeMicrophone
@@ -53,22 +53,18 @@ from tests.stream.test_live_sources import Sender
 
 BLOCK_S = 0.1
 RATE = 16_000
-MEETING = ROOT / "stream/demo/meeting.flac"
 UTTERANCE_S = 20.0
 LOSS = 0.1
 
 LAG_DRIFT = 1.25
 """Median lag of the last minute, beside that of the second."""
 LOOP_MS = 20.0
-SLOPE_MIB_H = 1.0
 RESOLUTION_MIB = 4.0
 """Pages that come and go: what a few minutes can tell of memory; twice that on a busy machine."""
 TURNS = 16
 """Turns a session remembers: full within a minute, where the default takes ten."""
 FFMPEG = {"fifo_size": "2048", "probesize": "300000"}
 """Packets of its ring, bytes it looks at: full within half a minute, the defaults take eight."""
-OVERHEAD = 1.5
-"""Memory of a kept line, beside its bytes."""
 ANSWERED_S = 120.0
 """How long the rest may take on a machine that has fallen behind."""
 ONE_STREAM = 8

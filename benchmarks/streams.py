@@ -20,6 +20,7 @@ import numpy as np
 import soundfile as sf
 import torch
 
+from benchmarks.daemon import MEETING
 from benchmarks.machine import describe
 from sinks.events import Latency
 from stream.chunker import Chunker
@@ -28,37 +29,42 @@ from stream.evaluate import thresholds
 from stream.inference import EngineSettings
 from stream.session import Session
 from stream.sources.source import Block
-from stream.tracks.pipeline import Tracks
+from stream.tracks import LanguageModel, Tracks, TracksSettings
 
 RATE = 16_000
-DEMO = Path("stream/demo/meeting.flac")
+
+
+def open_session(
+    engine: Engine, settings: TracksSettings, name: str, language: LanguageModel | None = None
+) -> Session:
+    """A stream of an engine that no source brings: feed it, and give it its frames."""
+    loaded, given = engine.loaded, engine.settings
+    return Session(
+        stream_id=name,
+        source="benchmark",
+        checkpoint=loaded.names,
+        latency=Latency(chunk_ms=given.chunk_ms, lookahead_ms=given.lookahead_ms),
+        slot=engine.acquire(),
+        chunker=Chunker(loaded.chunk_samples, loaded.lead, receptive=loaded.receptive),
+        tracks=lambda stamp: Tracks(
+            settings,
+            embed=engine.embed,
+            vocabulary=loaded.vocabulary,
+            language=language,
+            stamp=stamp,
+        ),
+    )
 
 
 async def cost(engine: Engine, streams: int, seconds: float) -> float:
     """Processor seconds a second of one stream, ``streams`` of them in every batch."""
-    audio, rate = sf.read(DEMO, dtype="float32")
+    audio, rate = sf.read(MEETING, dtype="float32")
     assert rate == RATE
     size = engine.loaded.chunk_samples
     steps = round(seconds * RATE / size)
     audio = np.resize(audio, steps * size)
     settings = thresholds(engine)
-    sessions = [
-        Session(
-            stream_id=f"s{number}",
-            source="benchmark",
-            checkpoint=engine.loaded.names,
-            latency=Latency(
-                chunk_ms=engine.settings.chunk_ms, lookahead_ms=engine.settings.lookahead_ms
-            ),
-            slot=engine.acquire(),
-            chunker=Chunker(size, engine.loaded.lead, receptive=engine.loaded.receptive),
-            tracks=lambda stamp: Tracks(
-                settings, embed=engine.embed, vocabulary=engine.loaded.vocabulary, stamp=stamp
-            ),
-            heartbeat_s=5,
-        )
-        for number in range(streams)
-    ]
+    sessions = [open_session(engine, settings, f"s{number}") for number in range(streams)]
     # each stream is elsewhere in the conversation, as live ones are
     shifted = [np.roll(audio, -number * size * 7) for number in range(streams)]
     began = time.process_time()

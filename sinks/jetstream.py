@@ -64,6 +64,11 @@ class NatsSettings(EnvelopeSettings, frozen=True):
         "a distant server, and a cluster that changes its leader then may store them in another.",
     )
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether TLS is spoken: one server with tls:// is enough for all of them."""
+        return self.tls is not None or any(url.startswith("tls:") for url in self.servers)
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator["NatsSink"]:
         """Connect, and make the stream if it is not there.
@@ -86,8 +91,8 @@ class NatsSettings(EnvelopeSettings, frozen=True):
             lost.set()
 
         denied: list[str] = []
-        plain = self.tls is None and not any(url.startswith("tls:") for url in self.servers)
-        tls = None if plain else await asyncio.to_thread((self.tls or TlsSettings()).context)
+        trust = self.tls or TlsSettings()
+        tls = await asyncio.to_thread(trust.context) if self.encrypted else None
 
         async def told(error: Exception) -> None:
             """What goes wrong is told by the calls that it concerns, but for a lack of rights."""
@@ -96,7 +101,7 @@ class NatsSettings(EnvelopeSettings, frozen=True):
                     log.error("nats refuses a subject", error=str(error))
                 denied[:] = [str(error)]
 
-        client = _client(encrypted=not plain)
+        client = _client(encrypted=self.encrypted)
         try:
             async with asyncio.timeout(self.timeout_s):
                 await client.connect(

@@ -287,7 +287,7 @@ class MqttSink:
             Rejected: the broker refused the event.
         """
         stream = f"{self._base}/{level(event.stream_id)}"
-        caller = event.stream_id not in self._keep
+        caller = self._calls(event)
         if isinstance(event, SessionClosed) and caller:
             await self._clear(stream, event)
         else:
@@ -316,6 +316,10 @@ class MqttSink:
     async def lost(self) -> None:
         """Return once the connection is lost."""
         await self._connection.gone()
+
+    def _calls(self, event: Event) -> bool:
+        """Whether it is of a stream whose name may never come back."""
+        return event.stream_id not in self._keep
 
     async def _announce(self, prefix: str, stream: str, event: Event) -> None:
         """A sensor for Home Assistant. Source: its MQTT discovery, component sensor."""
@@ -397,7 +401,7 @@ class MqttSink:
             ("seq", str(event.seq)),
             ("type", event.type),
         ]
-        passing = retain and event.stream_id not in self._keep
+        passing = retain and self._calls(event)
         await self._connection.deliver(
             topic,
             payload,

@@ -476,13 +476,12 @@ def enroll(
     config: ConfigPath = None,
 ) -> None:
     """Teach a voice: from now on its speaker is called by name."""
-    from datetime import UTC, datetime, timedelta
     from getpass import getuser
 
     from stream.enrolment import listen
     from stream.inference import EngineSettings
     from stream.log import LogSettings
-    from stream.voiceprints import Voiceprints
+    from stream.voiceprints import Voiceprints, expiry
 
     config = _daemons(config, voices)
     settings = _settings(config, checkpoint, None, None, None, device, voices)
@@ -491,7 +490,7 @@ def enroll(
             raise Usage(f"{clip}: no such file")
     LogSettings.model_validate(settings.get("log", {})).configure()
     heard = asyncio.run(listen(EngineSettings.model_validate(settings["engine"]), clips))
-    expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    expires = expiry(days)
     with Voiceprints.open(_voices_path(settings.get("voiceprints"))) as store:
         for recording in heard.recordings:
             store.add(

@@ -15,12 +15,13 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, Literal
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from sinks import KafkaSettings, NatsSettings, RedisSettings, StdoutSettings, WebhookSettings
 from sinks.mqtt import MqttSettings
 from sinks.sink import SinkError, SinkSettings
+from sinks.tls import TlsSettings
 from stream.config import Config
 from stream.engine import Engine
 from stream.inference import EngineError
@@ -298,14 +299,12 @@ def _doors(sink: SinkSettings) -> list[_Door]:
 
 
 def _nats(sink: NatsSettings) -> list[_Door]:
-    # As the driver: one server with tls:// encrypts them all.
-    encrypted = sink.tls is not None or any(url.startswith("tls:") for url in sink.servers)
     doors: list[_Door] = []
     for url in sink.servers:
         scheme = url.partition("://")[0]
         web = scheme in {"ws", "wss"}
         host, port = _address("servers", url, {"ws": 80, "wss": 443}.get(scheme, 4222))
-        doors.append(_Door(host, port, scheme == "wss" if web else encrypted, nats=not web))
+        doors.append(_Door(host, port, scheme == "wss" if web else sink.encrypted, nats=not web))
     return doors
 
 
@@ -341,8 +340,8 @@ def _context(sink: SinkSettings) -> ssl.SSLContext:
     Raises:
         SinkError: a file is missing or not what it should be.
     """
-    tls: Any = getattr(sink, "tls", None)
-    if tls is not None and tls is not True:
+    tls: TlsSettings | None = getattr(sink, "tls", None)
+    if tls is not None:
         return tls.context()
     if isinstance(sink, WebhookSettings):  # its driver brings the CAs it trusts
         import httpx

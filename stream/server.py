@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from stream.fanout import Statistics
 from stream.feed import Feed
+from stream.metrics import Histogram
 from stream.sources.source import Intake, SourceError
 from stream.survival import Survivor
 
@@ -53,6 +54,11 @@ class Desk(Intake, Protocol):
 
     def status(self) -> "Status":
         """How the house is."""
+        ...
+
+    @property
+    def lag(self) -> Histogram:
+        """Capture to emission, milliseconds."""
         ...
 
     async def name_speaker(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -114,6 +114,11 @@ class Exported(BaseModel):
 
     livesat_voices: Literal[1]
     voices: list[ExportedVoice]
+
+
+def expiry(days: int | None) -> datetime | None:
+    """When a voice is erased that is kept for so many days from now; None: it is not."""
+    return None if days is None else datetime.now(UTC) + timedelta(days=days)
 
 
 class Voiceprints:

@@ -1,7 +1,7 @@
 """``/livez``, ``/readyz`` and ``/metrics``: what a supervisor and a monitoring system ask."""
 
 from collections.abc import Iterable
-from typing import Final, Protocol, cast
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from stream.calls import Calls
-from stream.metrics import Histogram
 from stream.server import Desk
 
 STUCK_S: Final = 2.0
@@ -29,23 +28,13 @@ LAG_BOUNDS_S: Final = (
 """Of the buckets of the lag: closest where a chunk and its look-ahead put it."""
 
 
-class Timed(Desk, Protocol):
-    """A desk that also keeps every delay."""
-
-    @property
-    def lag(self) -> Histogram:
-        """Capture to emission, milliseconds."""
-        ...
-
-
 class Probes:
     """The endpoints."""
 
     def __init__(self, desk: Desk, calls: Calls) -> None:
         self._desk = desk
         self._registry = CollectorRegistry()
-        # The desk is the house itself.
-        self._registry.register(Figures(cast("Timed", desk), calls))
+        self._registry.register(Figures(desk, calls))
 
     async def live(self, request: Request) -> Response:
         """The event loop answers: the process lives. No broker and no model is asked."""
@@ -75,7 +64,7 @@ class Figures(Collector):
     chooses the stretch of time: over weeks an average since the start hides what is late today.
     """
 
-    def __init__(self, desk: Timed, calls: Calls) -> None:
+    def __init__(self, desk: Desk, calls: Calls) -> None:
         self._desk, self._calls = desk, calls
 
     def collect(self) -> Iterable[Metric]:

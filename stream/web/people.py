@@ -1,14 +1,13 @@
 """Who is who: naming a live speaker, and the enrolled people."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stream.server import Desk
-from stream.voiceprints import VoiceprintError
+from stream.voiceprints import VoiceprintError, expiry
 from stream.web.body import Unread, read_json
 
 _LONGEST: Final = 200
@@ -43,7 +42,7 @@ class People:
             return unread.response()
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 400)
-        expires = None if asked.days is None else datetime.now(UTC) + timedelta(days=asked.days)
+        expires = expiry(asked.days)
         session, label = request.path_params["session"], request.path_params["label"]
         try:
             await self._desk.name_speaker(
