@@ -5,18 +5,22 @@ import os
 import select
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from time import monotonic
 from typing import Final, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
+from stream.sources.apart import sharing
 from stream.sources.file import SHORTEST
+from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder, PcmFormat
-from stream.sources.source import Block, SourceError
+from stream.sources.source import Block, Source, SourceError
 
 _READ: Final = 6400
 """Bytes a read: 0.2 s."""
@@ -39,11 +43,16 @@ class StdinSource(BaseModel):
     channel: int | None = Field(
         default=None, ge=0, le=63, description="The channel that is heard; null is their mean."
     )
+    apart: int | None = Field(
+        default=None, ge=1, le=64, description="That many channels become streams of their own."
+    )
 
     @model_validator(mode="after")
-    def _a_channel_there_is(self) -> Self:
+    def _channels_there_are(self) -> Self:
         if self.channel is not None and self.channel >= self.channels:
             raise ValueError(f"channel: expected 0 to {self.channels - 1}, got {self.channel}")
+        if self.apart is not None and self.apart > self.channels:
+            raise ValueError(f"apart: expected {self.channels} at most, got {self.apart}")
         return self
 
     @property
@@ -64,23 +73,68 @@ class StdinSource(BaseModel):
             SourceError: standard input is closed or a terminal. Iterating raises it when there was
                 no audio, or a file of another format.
         """
+        async with self._reading() as pipe, aclosing(self._heard(pipe)) as heard:
+            yield self._blocks(heard)
+
+    def split(self) -> list[Source]:
+        """One source a channel; the pipe is that of all of them."""
+        assert self.apart is not None
+        lines = [Line(self.name) for _ in range(self.apart)]
+        return sharing(lines, lambda: self._pouring(lines), live=self.live)
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncGenerator["_Pipe"]:
+        """Start reading.
+
+        Raises:
+            SourceError: standard input is closed or a terminal.
+        """
+        expected = f"expected raw {self.format} samples from a pipe"
         try:
             fd = sys.stdin.fileno()
         except (AttributeError, OSError, ValueError) as error:
-            raise SourceError("stdin is closed; expected raw s16le samples from a pipe") from error
+            raise SourceError(f"stdin is closed; {expected}") from error
         if os.isatty(fd):
-            raise SourceError("stdin is a terminal; expected raw s16le samples from a pipe")
+            raise SourceError(f"stdin is a terminal; {expected}")
         pipe = _Pipe(fd)
         pipe.start()
         try:
-            async with aclosing(self._blocks(pipe)) as blocks:
-                yield blocks
+            yield pipe
         finally:
             await asyncio.to_thread(pipe.stop)
 
-    async def _blocks(self, pipe: "_Pipe") -> AsyncGenerator[Block]:
-        resampler = Resampler(self.rate)
-        decoder = PcmDecoder(self.format, self.channels, self.channel)
+    @asynccontextmanager
+    async def _pouring(self, lines: Sequence[Line]) -> AsyncGenerator[None]:
+        """Feed the lines, one a channel, while entered.
+
+        Raises:
+            SourceError: as `_reading`.
+        """
+        async with self._reading() as pipe, aclosing(self._heard(pipe)) as heard:
+            pouring = asyncio.create_task(_pour(heard, lines), name=self.name)
+            try:
+                yield
+            finally:
+                pouring.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pouring
+
+    @staticmethod
+    async def _blocks(
+        heard: AsyncIterator[list[NDArray[np.float32]]],
+    ) -> AsyncGenerator[Block]:
+        async for (samples,) in heard:
+            yield Block(samples, monotonic())
+
+    async def _heard(self, pipe: "_Pipe") -> AsyncGenerator[list[NDArray[np.float32]]]:
+        """→ what each stream hears of a read, at 16 kHz, until the pipe closes.
+
+        Raises:
+            SourceError: there was no audio, or a file of another format.
+        """
+        channels = [self.channel] if self.apart is None else list(range(self.apart))
+        decoders = [PcmDecoder(self.format, self.channels, channel) for channel in channels]
+        resamplers = [Resampler(self.rate) for _ in channels]
         head = b""
         while data := await pipe.read():
             if len(head) < 4:
@@ -90,13 +144,29 @@ class StdinSource(BaseModel):
                         f"stdin: got a {kind} file; expected raw {self.format} samples "
                         "(give the file's path, or convert it with `ffmpeg -f s16le`)"
                     )
-            yield Block(resampler.step(decoder.step(data)), monotonic())
-        if resampler.taken * SAMPLE_RATE / self.rate < SHORTEST:
+            yield [
+                resampler.step(decoder.step(data))
+                for resampler, decoder in zip(resamplers, decoders, strict=True)
+            ]
+        taken = resamplers[0].taken
+        if taken * SAMPLE_RATE / self.rate < SHORTEST:
             raise SourceError(
-                f"stdin: {resampler.taken} sample(s); "
-                f"expected at least 25 ms of raw {self.format} audio"
+                f"stdin: {taken} sample(s); expected at least 25 ms of raw {self.format} audio"
             )
-        yield Block(resampler.flush(), monotonic())
+        yield [resampler.flush() for resampler in resamplers]
+
+
+async def _pour(heard: AsyncIterator[list[NDArray[np.float32]]], lines: Sequence[Line]) -> None:
+    """Give each line its channel as fast as the slowest session hears it, then end them."""
+    try:
+        async for channels in heard:
+            for line, samples in zip(lines, channels, strict=True):
+                await line.put(samples)
+    except SourceError as error:
+        for line in lines:
+            line.fail(str(error))
+    for line in lines:
+        line.end()
 
 
 class _Pipe:

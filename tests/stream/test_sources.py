@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from stream.clock import SAMPLE_RATE
 from stream.sources.file import FileSource
 from stream.sources.source import SourceError
 from stream.sources.stdin import StdinSource
@@ -192,6 +193,63 @@ async def test_one_channel_of_floats_on_stdin(monkeypatch):
     assert (joined(blocks) == right).all()
     with pytest.raises(ValueError, match="channel: expected 0 to 1, got 2"):
         StdinSource(channels=2, channel=2)
+    with pytest.raises(ValueError, match="apart: expected 2 at most, got 3"):
+        StdinSource(channels=2, apart=3)
+
+
+async def read_apart(monkeypatch, data, **settings):
+    """``data`` on stdin → the blocks of each channel, or the error it failed with."""
+    out, into = os.pipe()
+
+    def write():
+        with os.fdopen(into, "wb") as pipe:
+            pipe.write(data)
+
+    with stdin(monkeypatch, out):
+        writing = asyncio.create_task(asyncio.to_thread(write))
+        each = [read(source) for source in StdinSource(**settings).split()]
+        heard = await asyncio.gather(*each, return_exceptions=True)
+        await writing
+        return heard
+
+
+async def test_channels_of_stdin_apart_are_streams_of_one_pipe(monkeypatch):
+    seconds = 25  # more than may wait for a session
+    both = [speechlike(seconds * 8000, seed=1), speechlike(seconds * 8000, seed=2)]
+    data = pcm(np.stack([*both, both[0]], 1)).tobytes()
+    heard = await read_apart(monkeypatch, data, channels=3, rate=8000, apart=2)
+    assert len(heard) == 2
+    for channel, blocks in enumerate(heard):
+        alone = await piped(monkeypatch, data, channels=3, rate=8000, channel=channel)
+        assert len(joined(alone)) == seconds * SAMPLE_RATE
+        np.testing.assert_array_equal(joined(blocks), joined(alone))
+
+
+async def test_a_channel_of_stdin_that_nobody_hears_holds_up_no_other(monkeypatch):
+    out, into = os.pipe()
+    with stdin(monkeypatch, out), os.fdopen(into, "wb") as pipe:
+        first, second = StdinSource(channels=2, apart=2).split()
+        async with first.open() as blocks:
+            async with second.open() as given_up:
+                pipe.write(bytes(6400))
+                pipe.flush()
+                await anext(given_up)
+            assert len((await anext(blocks)).samples) == 1600
+            writing = asyncio.create_task(asyncio.to_thread(pipe.write, bytes(4 * 16_000 * 25)))
+            heard = 0
+            while heard < 16_000 * 24:
+                heard += len((await anext(blocks)).samples)
+            await writing
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"", "expected at least 25 ms of raw s16le"), (b"RIFF" + bytes(5000), "got a WAV file")],
+)
+async def test_stdin_apart_without_audio_is_an_error_of_every_channel(monkeypatch, data, message):
+    for error in await read_apart(monkeypatch, data, channels=2, apart=2):
+        assert isinstance(error, SourceError)
+        assert message in str(error)
 
 
 async def test_a_regular_file_as_stdin_works_too(monkeypatch, tmp_path):
