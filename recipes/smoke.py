@@ -157,7 +157,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="train-smoke-"))
     data = folder / "data"
     make_corpus(folder)
-    sources = {"vowels": 1.0}
+    sources = {"vowels": 0.7, "vowels, other speeds": 0.3}
     try:
         run_stages(folder, data, sources)
     finally:
@@ -171,6 +171,7 @@ def run_stages(folder: Path, data: Path, sources: dict[str, float]) -> None:
         {
             "target": str(data),
             "corpora": [str(folder / "vowels")],
+            "other_speeds": ["vowels"],
             "noise": str(folder / "noise.tar"),
             "campplus": None,
             "bfloat16": False,
