@@ -25,6 +25,9 @@ EMBEDDING_CHANNELS = 192
 CONTENT_CHANNELS = 384
 CHARACTERS = 32
 
+OTHER_SPEEDS = ", other speeds"
+"""Ending of the name of a corpus that is another one, played slower and faster."""
+
 Samples = NDArray[np.int16]
 
 
@@ -49,6 +52,11 @@ class Utterance:
     text: str
     start: int
     hops: int
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the voice is as it was recorded."""
+        return not self.corpus.endswith(OTHER_SPEEDS)
 
 
 def speech_activity(samples: Samples, *, bridge_hops: int = 12) -> NDArray[np.bool_]:

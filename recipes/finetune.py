@@ -461,9 +461,13 @@ def voice_targets(corpus: Corpus) -> VoiceTargets:
     """Normalisation of the teacher, from the training split."""
     assert corpus.voice is not None, "run recipes.prepare first: the teacher's rows are missing"
     assert corpus.embeddings is not None
-    rows = torch.from_numpy(np.array(corpus.voice[:: max(1, len(corpus.voice) // 50_000)]))
+    recorded = [item.recorded for item in corpus.utterances]
+    spans = [(item.start, item.start + item.hops) for item in corpus.utterances if item.recorded]
+    hops = np.concatenate([np.arange(first, end) for first, end in spans])
+    rows = torch.from_numpy(corpus.voice[hops[:: max(1, len(hops) // 50_000)]])
     names = [item.speaker if item.split == "train" else "" for item in corpus.utterances]
-    return VoiceTargets(rows[rows.abs().sum(1) > 0], torch.from_numpy(corpus.embeddings), names)
+    embeddings = torch.from_numpy(corpus.embeddings)
+    return VoiceTargets(rows[rows.abs().sum(1) > 0], embeddings, names, recorded=recorded)
 
 
 @torch.no_grad()

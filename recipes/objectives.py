@@ -58,6 +58,9 @@ class VoiceTargets:
         bank: [S, 192] unit centroids of the known speakers.
         names: speaker → row of the bank.
         axis: [192] along which the speakers differ most (about the sex of the voice).
+
+    Centre and axis are those of the voices as they were recorded: a run that goes on with others
+    beside them must find both where they were, the outputs' order above all.
     """
 
     def __init__(
@@ -66,9 +69,13 @@ class VoiceTargets:
         embeddings: Tensor,
         speakers: list[str],
         *,
+        recorded: Sequence[bool] | None = None,
         floor: float = 0.25,
     ) -> None:
-        """rows: [R, 512], a sample of frames; embeddings: [U, 192], with a name or "" each."""
+        """rows: [R, 512], a sample of frames; embeddings: [U, 192], with a name or "" each.
+
+        recorded: of each embedding, whether the voice is; None is yes.
+        """
         rows = rows.float()
         deviation = rows.std(0)
         self.scale = deviation.clamp(min=float(floor * deviation.median()))
@@ -77,10 +84,13 @@ class VoiceTargets:
         self.names = {name: row for row, name in enumerate(known)}
         row = torch.tensor([self.names.get(name, -1) for name in speakers])
         means = torch.stack([embeddings[row == r].mean(0) for r in range(len(known))])
-        self.centre = means.mean(0)
+        real = torch.ones(len(known), dtype=torch.bool)
+        if recorded is not None:
+            real[row[(row >= 0) & ~torch.tensor(recorded)]] = False
+        self.centre = means[real].mean(0)
         self.bank = F.normalize(means - self.centre, dim=1)
         self.embeddings = F.normalize(embeddings - self.centre, dim=1)
-        _, axes = torch.linalg.eigh(self.bank.T @ self.bank)
+        _, axes = torch.linalg.eigh(self.bank[real].T @ self.bank[real])
         self.axis = axes[:, -1] * axes[:, -1].sum().sign()  # eigh leaves the sign open
 
     def to(self, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from recipes.corpus import (
     CONTENT_CHANNELS,
     EMBEDDING_CHANNELS,
+    OTHER_SPEEDS,
     RATE,
     VOICE_CHANNELS,
     Corpus,
@@ -102,7 +103,7 @@ def change_speeds(settings: Prepare) -> None:
     corpus = Corpus(settings.target)
     with Writer(settings.target) as writer:
         for name in settings.other_speeds:
-            added = f"{name}, other speeds"
+            added = name + OTHER_SPEEDS
             if added in writer.corpora:
                 continue
             for index, item in enumerate(corpus.utterances):

@@ -97,6 +97,23 @@ def test_the_right_embedding_costs_nothing_and_strangers_are_no_negatives(target
     assert none == 0
 
 
+def test_voices_at_other_speeds_move_neither_centre_nor_axis():
+    torch.manual_seed(7)
+    embeddings, rows = torch.randn(6, 192), torch.rand(100, 512)
+    names = ["a", "a", "b", "b", "c", ""]
+    alone = VoiceTargets(rows, embeddings, names)
+    more = torch.cat([embeddings, 5 + 3 * torch.randn(4, 192)])
+    recorded = [True] * 6 + [False] * 4
+    both = VoiceTargets(
+        rows, more, [*names, "a × 0.9", "b × 0.9", "a × 1.1", ""], recorded=recorded
+    )
+    torch.testing.assert_close(both.centre, alone.centre)
+    torch.testing.assert_close(both.axis, alone.axis)
+    assert len(both.bank) == len(alone.bank) + 3
+    mixed = VoiceTargets(rows, more, [*names, "a × 0.9", "b × 0.9", "a × 1.1", ""])
+    assert (mixed.centre - alone.centre).norm() > 1
+
+
 def test_speakers_are_ordered_along_the_main_axis(targets):
     place = targets.embeddings @ targets.axis
     low, middle, high = place[:3].argsort().tolist()
