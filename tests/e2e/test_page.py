@@ -26,11 +26,15 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class Server(ThreadingHTTPServer):
-    """The page's files; sessions in `listed` are open, and the house is as `status` says."""
+    """The page's files; sessions in `listed` are open, and the house is as `status` says.
+
+    What is `refused` is answered with a status and a body.
+    """
 
     daemon_threads = True
     listed: tuple[str, ...] = ()
     status: Mapping[str, Any] = MappingProxyType({"streams": 1, "busy_s": 0})
+    refused: Mapping[str, tuple[int, str]] = MappingProxyType({})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,7 +43,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].removeprefix("/")
         kind = "application/json"
-        if path == "v1/status":
+        status = 200
+        if path in self.server.refused:
+            status, said = self.server.refused[path]
+            body = said.encode()
+        elif path == "v1/status":
             body = json.dumps(dict(self.server.status)).encode()
         elif path == "v1/sessions":
             entries = [{"session": session, "state": "open"} for session in self.server.listed]
@@ -48,10 +56,17 @@ class Handler(BaseHTTPRequestHandler):
             file = ROOT / "stream/web" / (path or "static/index.html")
             kind = mimetypes.guess_type(file.name)[0] or ""
             body = file.read_bytes()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_PUT()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -415,6 +430,140 @@ class TestBadge:
         page.shut = False
         page.page.locator("#health[data-state=good]", has_text="1 stream").wait_for()
 
+    def test_a_house_that_does_not_answer_is_not_one_without_streams(
+        self, chrome: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        crowded = json.dumps({"err_code": "TOO_MANY_REQUESTS", "err_msg": "try again later"})
+        monkeypatch.setattr(server, "refused", {"v1/status": (429, crowded)})
+        page = Page(chrome, server)
+        page.page.locator("#health", has_text="the server's state is not known").wait_for()
+        assert page.page.locator("#health").get_attribute("data-state") == "unknown"
+        monkeypatch.setattr(server, "refused", {})
+        page.page.locator("#health[data-state=good]", has_text="1 stream").wait_for()
+        page.page.close()
+
+
+class TestRefusals:
+    """What the server says no to, and why, is read where it was asked."""
+
+    GATE: ClassVar = json.dumps({"err_code": "FORBIDDEN", "err_msg": "this origin is not allowed"})
+    REASONS: ClassVar = [
+        (403, GATE, "this origin is not allowed"),
+        (422, json.dumps({"error": "this name is too long"}), "this name is too long"),
+        (502, "<html>a proxy's page</html>", "Bad Gateway"),
+        (503, "null", "Service Unavailable"),
+        (None, "", "the server cannot be reached"),
+    ]
+    IDS: ClassVar = ["gate", "endpoint", "proxy", "nothing", "gone"]
+
+    def refuse(
+        self, page: Page, server: Server, patch: pytest.MonkeyPatch, path: str, *answer: Any
+    ) -> None:
+        if answer[0] is None:
+            page.page.route(f"**/{path}", lambda route: route.abort())
+        else:
+            patch.setattr(server, "refused", {path: answer})
+
+    @pytest.mark.parametrize(("status", "body", "reason"), REASONS, ids=IDS)
+    def test_of_a_token(
+        self,
+        page: Page,
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int | None,
+        body: str,
+        reason: str,
+    ) -> None:
+        page.wait_for(lambda: page.feeds)
+        page.feeds[-1].close(code=1008, reason="expected a token")
+        page.page.locator("#login").wait_for()
+        self.refuse(page, server, monkeypatch, "v1/login", status, body)
+        page.page.fill("#login-token", "a token")
+        page.page.keyboard.press("Enter")
+        page.page.locator("#login-error", has_text=reason).wait_for()
+
+    @pytest.mark.parametrize(("status", "body", "reason"), REASONS, ids=IDS)
+    def test_of_a_name(
+        self,
+        page: Page,
+        server: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int | None,
+        body: str,
+        reason: str,
+    ) -> None:
+        page.wait_for(lambda: page.feeds)
+        talk = Talk()
+        page.tell(talk.opened(), talk.turn(0, "S1", 0))
+        self.refuse(page, server, monkeypatch, "v1/sessions/s1/speakers/S1", status, body)
+        page.page.locator("#speakers button").click()
+        page.page.fill("#naming-name", "Anna")
+        page.page.keyboard.press("Enter")
+        page.page.locator("#naming-error", has_text=reason).wait_for()
+        assert page.page.locator("#naming").is_visible()
+
+
+class TestAloud:
+    """What a screen reader is told: what changes in the page's live regions."""
+
+    WATCH: ClassVar = """() => {
+      window.told = [];
+      for (const region of document.querySelectorAll("[role=status], [role=log], [aria-live]")) {
+        if (region.getAttribute("aria-live") === "off") continue;
+        new MutationObserver((changes) => {
+          for (const change of changes) {
+            for (const node of change.addedNodes) told.push(node.textContent);
+          }
+        }).observe(region, { childList: true, subtree: true, characterData: true });
+      }
+    }"""
+
+    def test_finals_are_said_once_and_partials_never(self, page: Page) -> None:
+        talk = Talk()
+        page.wait_for(lambda: page.feeds)
+        page.until("document.querySelector('#health').dataset.state === 'good'")
+        page.page.evaluate(self.WATCH)
+        final = talk.said(1, "S1", 0, "well then") | {"seq": 9}
+        page.tell(talk.opened(), talk.said(1, "S1", 0, "well", "partial"))
+        page.tell(talk.said(1, "S1", 0, "well the", "partial"), final, final)
+        page.until("words.innerText.includes('well then')")
+        page.tell(talk.said(2, "S2", 5, "so be it", "partial") | {"seq": 10})
+        page.until("words.innerText.includes('so be it')")
+        page.tell(talk.said(2, "S2", 5, "so be it") | {"seq": 11})
+        page.until("told.includes('S2: so be it')")
+        assert page.page.evaluate("told") == ["S1: well then", "S2: so be it"]
+
+    def test_of_all_that_is_kept_the_latest_is_said(self, page: Page) -> None:
+        aloud = page.page.evaluate(
+            """async () => {
+              let say;
+              window.setInterval = (call) => (say = call);
+              const { Aloud } = await import("/static/aloud.js");
+              const root = document.createElement("div"), aloud = new Aloud(root), counts = [];
+              for (let n = 0; n < 1000; n++) {
+                aloud.take(`number ${n}`);
+                if (n % 100 === 99) { say(); counts.push(root.childElementCount); }
+              }
+              return { counts, last: root.lastChild.textContent };
+            }"""
+        )
+        assert aloud["counts"] == [5, 10, 15, *[20] * 7]
+        assert aloud["last"] == "number 999"
+
+    def test_the_badge_is_read_out_when_its_state_changes(self, page: Page) -> None:
+        talk = Talk()
+        page.wait_for(lambda: page.feeds)
+        page.until("document.querySelector('#health').dataset.state === 'good'")
+        page.page.evaluate(self.WATCH)
+        page.tell(talk.opened())
+        for number, lag in enumerate((500, 1500, 2500)):
+            page.tell(talk.turn(number, "S1", 5 * number) | {"lag_ms": lag})
+        page.page.locator("#health", has_text="0.8 s behind").wait_for()
+        page.tell(talk.turn(3, "S1", 20) | {"lag_ms": 30_000})
+        page.page.locator("#health[data-state=slow]").wait_for()
+        page.until("told.length")
+        assert page.page.evaluate("told") == ["1 stream · 3.7 s behind"]
+
 
 class TestKeys:
     def test_j_and_k_go_down_and_up_the_sessions(self, page: Page) -> None:
@@ -469,6 +618,173 @@ class TestSessions:
         assert page.page.locator("#sessions [data-state=open] .name").inner_text() == "kept"
 
 
+class TestCall:
+    """The microphone's stream by itself, with a server and a clock made here.
+
+    A block is a second of ten samples, each of them its own position.
+    """
+
+    STAGE: ClassVar = """async () => {
+      const { Call } = await import("/static/microphone.js");
+      const later = [], sockets = [], states = [];
+      window.setTimeout = (call) => later.push(call);
+      window.WebSocket = class {
+        constructor(url) {
+          Object.assign(this, { url, said: [], closed: false, bufferedAmount: 0 });
+          sockets.push(this);
+        }
+        send(what) { this.said.push(...what); }
+        close() { this.closed = true; }
+      };
+      const call = new Call(10, (state, detail) => states.push([state, detail]));
+      let at = 0;
+      window.stage = { call, sockets, states,
+        say(seconds) {
+          for (; seconds > 0; seconds--) call.say(Int16Array.from({ length: 10 }, () => at++));
+        },
+        ready(received, resume_token = "r") {
+          const value = { type: "ready", session_id: "s1", resume_token, received };
+          sockets.at(-1).onmessage({ data: JSON.stringify(value) });
+        },
+        shut(code, reason = "") { sockets.at(-1).onclose({ code, reason }); },
+        again() { later.shift()(); },
+        have() { return Number(sockets.at(-1).url.searchParams.get("have")); },
+        said() { return sockets.at(-1).said; },
+      };
+    }"""
+
+    def play(self, page: Page, what: str) -> Any:
+        page.page.evaluate(self.STAGE)
+        return page.page.evaluate(f"() => {{ const s = stage; {what} }}")
+
+    def test_what_a_slow_connection_keeps_waiting_is_left_out(self, page: Page) -> None:
+        told = self.play(
+            page,
+            """
+            s.ready(0);
+            s.sockets[0].bufferedAmount = 2 * 10 * 1; s.say(1);
+            s.sockets[0].bufferedAmount = 2 * 10 * 6; s.say(1);
+            const patient = s.sockets.length;
+            s.sockets[0].bufferedAmount = 2 * 10 * 6 + 2; s.say(1);
+            const have = s.have();
+            s.say(2);
+            s.ready(have);
+            return { patient, have, left: s.sockets[0].closed, said: s.said(), states: s.states };
+            """,
+        )
+        assert told["patient"] == 1
+        assert told["left"]
+        assert told["have"] == 30
+        assert told["said"] == list(range(30, 50))
+        assert told["states"] == [["on", "s1"], ["slow", None], ["on", "s1"]]
+
+    def test_what_a_new_connection_must_catch_up_with_may_wait(self, page: Page) -> None:
+        counts = self.play(
+            page,
+            """
+            s.ready(0);
+            s.shut(1006);
+            s.say(25);
+            s.again();
+            s.ready(0);
+            const counts = [];
+            for (const waits of [25, 29, 20, 10, 0, 5, 6]) {
+              s.sockets.at(-1).bufferedAmount = 2 * 10 * waits;
+              s.say(1);
+              counts.push(s.sockets.length);
+            }
+            return counts;
+            """,
+        )
+        assert counts == [2, 2, 2, 2, 2, 2, 3]
+
+    def test_a_session_that_cannot_be_resumed_ends_where_it_is_too_slow(self, page: Page) -> None:
+        states = self.play(
+            page,
+            """
+            s.ready(0, null);
+            s.say(1);
+            s.sockets[0].bufferedAmount = 1000; s.say(1);
+            return [s.states, s.sockets.length];
+            """,
+        )
+        assert states == [[["on", "s1"], ["refused", "The connection is too slow."]], 1]
+
+    def test_after_a_long_outage_it_goes_on_from_what_it_said_it_has(self, page: Page) -> None:
+        have, said = self.play(
+            page,
+            """
+            s.ready(0);
+            s.say(2);
+            s.shut(1006);
+            s.say(60);
+            s.again();
+            const have = s.have();
+            s.say(5);
+            s.ready(have);
+            return [have, s.said()];
+            """,
+        )
+        assert have == 620 - 300
+        assert said == list(range(have, 670))
+
+    def test_what_is_kept_is_bounded_and_the_server_learns_what_is_not(self, page: Page) -> None:
+        first, second, kept, said = self.play(
+            page,
+            """
+            s.ready(0);
+            s.shut(1006);
+            s.again();
+            const first = s.have();
+            s.say(1000);
+            s.ready(first);
+            const second = s.have();
+            s.ready(second);
+            return [first, second, s.call.kept.length, s.said()];
+            """,
+        )
+        assert (first, second, kept) == (0, 9700, 30)
+        assert said == list(range(9700, 10_000))
+
+    def test_a_session_begins_with_the_first_sample_it_is_given(self, page: Page) -> None:
+        said, have = self.play(
+            page,
+            """
+            s.say(100);
+            s.shut(1006);
+            s.again();
+            s.ready(0);
+            const said = s.said();
+            s.say(1);
+            s.shut(1006);
+            s.again();
+            return [said, s.have()];
+            """,
+        )
+        assert said == list(range(700, 1010))
+        assert have == 10  # its own: 300 samples and 10 more, of which it keeps 300
+
+    def test_a_server_without_room_is_asked_again_by_whom_it_waits_for(self, page: Page) -> None:
+        states, sockets = self.play(
+            page,
+            """
+            s.ready(0);
+            s.shut(1006);
+            s.again();
+            s.shut(1013, "no room");
+            s.again();
+            s.ready(0);
+            return [s.states, s.sockets.length];
+            """,
+        )
+        assert [state for state, _ in states] == ["on", "lost", "lost", "on"]
+        assert sockets == 3
+
+    def test_one_that_is_not_let_in_is_told_so(self, page: Page) -> None:
+        states = self.play(page, 's.shut(1013, "no room"); return s.states;')
+        assert states == [["refused", "no room"]]
+
+
 class TestMicrophone:
     HEARD: ClassVar = {"type": "ready", "session_id": "s1", "resume_token": "r", "received": 0}
 
@@ -501,6 +817,64 @@ class TestMicrophone:
         last.close(code=1000)
         page.page.wait_for_timeout(800)  # longer than the pause before another try
         assert len(page.audio) == 3
+
+    # The browser asks; `allow()` is the answer. What it gave is in `streams`.
+    PROMPT: ClassVar = """() => {
+      const media = navigator.mediaDevices, real = media.getUserMedia.bind(media);
+      const answer = new Promise((done) => (window.allow = done));
+      window.asked = 0;
+      window.streams = [];
+      media.getUserMedia = async (wanted) => {
+        asked++;
+        await answer;
+        const stream = await real(wanted);
+        streams.push(stream);
+        return stream;
+      };
+    }"""
+    LIVE: ClassVar = """streams.flatMap((stream) => stream.getTracks())
+      .filter((track) => track.readyState === "live").length"""
+
+    def test_pressed_twice_while_the_browser_asks_it_is_one_microphone(self, page: Page) -> None:
+        page.page.evaluate(self.PROMPT)
+        page.page.keyboard.press("m")
+        page.until("asked")
+        page.page.keyboard.press("m")
+        page.page.click("#mic")
+        page.page.evaluate("allow()")
+        page.wait_for(lambda: page.audio)
+        self.ready(page.audio[0], 0)
+        page.page.locator("#mic[aria-pressed=true]").wait_for()
+        assert page.page.evaluate(self.LIVE) == 1
+        page.page.click("#mic")
+        page.page.locator("#mic[aria-pressed=false]").wait_for()
+        assert page.page.evaluate(self.LIVE) == 0
+        assert (len(page.audio), page.page.evaluate("asked")) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            "AudioWorklet.prototype.addModule = async () => { throw new Error('broken'); }",
+            "window.AudioWorkletNode = class { constructor() { throw new Error('broken'); } }",
+        ],
+        ids=["module", "node"],
+    )
+    def test_one_that_fails_to_start_is_off_and_may_be_tried_again(
+        self, page: Page, broken: str
+    ) -> None:
+        page.page.evaluate(self.PROMPT)
+        page.page.evaluate(
+            "() => { window.whole = [AudioWorklet.prototype.addModule, AudioWorkletNode];"
+            f" allow(); {broken}; }}"
+        )
+        page.page.click("#mic")
+        page.page.locator("#toast", has_text="No microphone: broken").wait_for()
+        assert page.page.evaluate(self.LIVE) == 0
+        page.page.evaluate("[AudioWorklet.prototype.addModule, window.AudioWorkletNode] = whole")
+        page.page.click("#mic")
+        page.wait_for(lambda: page.audio)
+        page.page.click("#mic")
+        page.page.locator("#mic[aria-pressed=false]").wait_for()
 
     def test_a_session_that_cannot_be_resumed_ends_with_its_connection(self, page: Page) -> None:
         page.page.click("#mic")

@@ -1,5 +1,6 @@
 // The page: feed → sessions → what is shown of the chosen one.
 
+import { Aloud } from "./aloud.js";
 import { Feed } from "./feed.js";
 import { Lanes } from "./lanes.js";
 import { Microphone } from "./microphone.js";
@@ -14,12 +15,13 @@ const sessions = new Map();
 let chosen = null;
 let pinned = false; // the user chose; a newer session does not take the page away
 let stale = true;
-let status = null;
+let status; // of the house; null where it is not known, undefined before it was asked
 let connection = "wait";
 let lag = null;
 
 const lanes = new Lanes($("canvas"));
 const transcript = new Transcript($("words"), $("latest"), ask);
+const aloud = new Aloud($("aloud"));
 const microphone = new Microphone(heard);
 
 function take(event) {
@@ -29,13 +31,20 @@ function take(event) {
     sessions.set(session.id, session);
     if (!pinned) choose(session.id);
   }
-  session.take(event);
+  const news = session.take(event);
   if (session !== chosen) session.revised.clear(); // nobody looks
+  else if (news && event.type === "transcript.final") aloud.take(sentence(session, event.words));
   if (!session.open) prune();
   if (event.lag_ms !== undefined && /^(turn|transcript)\./.test(event.type)) {
     lag = lag === null ? event.lag_ms : 0.9 * lag + 0.1 * event.lag_ms;
   }
   stale = true;
+}
+
+function sentence(session, words) {
+  const text = words.map((each) => each.word).join(" ");
+  const label = words[0]?.speaker;
+  return label ? `${session.name(label)}: ${text}` : text;
 }
 
 // The oldest of those that are over go; what is kept of them is kept by the daemon.
@@ -66,6 +75,7 @@ async function forget() {
 function choose(id) {
   chosen = sessions.get(id) ?? null;
   transcript.clear();
+  aloud.clear();
   main.hidden = !chosen;
   for (const form of ["rttm", "vtt", "json", "txt"]) {
     $(`export-${form}`).href = chosen ? `/v1/sessions/${encodeURIComponent(chosen.id)}/export.${form}` : "";
@@ -169,38 +179,60 @@ function put(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// The text changes all the time: it is read out when the state does.
 function badge() {
-  const health = $("health");
-  if (connection === "closed") {
-    health.dataset.state = "bad";
-    put(health, "not connected, trying again …");
-    return;
-  }
-  if (connection !== "open") {
-    health.dataset.state = "wait";
-    put(health, "connecting …");
-    return;
-  }
-  const stuck = status && status.busy_s > 2;
-  const open = status?.streams ?? 0;
+  const [state, text] = health();
+  put($("health"), text);
+  if ($("health").dataset.state === state) return;
+  $("health").dataset.state = state;
+  put($("health-aloud"), text);
+}
+
+function health() {
+  if (connection === "closed") return ["bad", "not connected, trying again …"];
+  if (connection !== "open" || status === undefined) return ["wait", "connecting …"];
+  if (status === null) return ["unknown", "the server's state is not known"];
+  if (status.busy_s > 2) return ["bad", "the engine is stuck"];
+  const open = status.streams;
   const parts = [open === 1 ? "1 stream" : `${open} streams`];
   if (lag !== null && open) parts.push(`${(lag / 1000).toFixed(1)} s behind`);
-  if (status?.realtime_factor && open) {
+  if (status.realtime_factor && open) {
     parts.push(`${Math.round(status.realtime_factor * open * 100)} % busy`);
   }
-  health.dataset.state = stuck ? "bad" : lag > 3000 ? "slow" : "good";
-  put(health, stuck ? "the engine is stuck" : parts.join(" · "));
+  return [lag > 3000 ? "slow" : "good", parts.join(" · ")];
 }
 
 async function look() {
   try {
     const answer = await fetch("/v1/status");
-    if (answer.status === 401) return login();
-    status = await answer.json();
+    if (answer.status === 401) login();
+    status = answer.ok ? await answer.json() : null;
   } catch {
     status = null;
   }
   stale = true;
+}
+
+// Ask the server to do something → why it did not, or "".
+async function send(method, path, body) {
+  try {
+    const headers = { "Content-Type": "application/json" };
+    const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
+    return answer.ok ? "" : await reason(answer);
+  } catch {
+    return "the server cannot be reached";
+  }
+}
+
+// Endpoints say `error`, the gate before them `err_msg`, a proxy before both anything.
+async function reason(answer) {
+  const plain = answer.statusText || `the server answered ${answer.status}`;
+  try {
+    const { error, err_msg } = await answer.json();
+    return error ?? err_msg ?? plain;
+  } catch {
+    return plain;
+  }
 }
 
 function login() {
@@ -210,18 +242,12 @@ function login() {
 
 $("login").querySelector("form").addEventListener("submit", async (submit) => {
   submit.preventDefault();
-  const answer = await fetch("/v1/login", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ token: $("login-token").value }),
-  });
-  if (answer.ok) {
-    $("login").close();
-    feed.connect();
-    look();
-  } else {
-    $("login-error").textContent = (await answer.json()).error;
-  }
+  const error = await send("POST", "/v1/login", { token: $("login-token").value });
+  $("login-error").textContent = error;
+  if (error) return;
+  $("login").close();
+  feed.connect();
+  look();
 });
 
 async function ask(label) {
@@ -265,17 +291,15 @@ $("naming").querySelector("form").addEventListener("submit", async (submit) => {
   const enrol = $("naming-enrol").checked;
   const consent = $("naming-consent").value.trim() || null;
   const days = Number($("naming-days").value) || null;
-  const answer = await fetch(`/v1/sessions/${encodeURIComponent(session)}/speakers/${label}`, {
-    method: "PUT",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ name: $("naming-name").value, enrol, ...(enrol && { consent, days }) }),
-  });
-  if (answer.ok) $("naming").close();
-  else $("naming-error").textContent = (await answer.json()).error;
+  const path = `/v1/sessions/${encodeURIComponent(session)}/speakers/${label}`;
+  const name = $("naming-name").value;
+  const error = await send("PUT", path, { name, enrol, ...(enrol && { consent, days }) });
+  $("naming-error").textContent = error;
+  if (!error) $("naming").close();
 });
 
 function heard(state, detail) {
-  const on = state === "on" || state === "lost";
+  const on = state !== "off" && state !== "refused";
   $("mic").setAttribute("aria-pressed", String(on));
   put($("mic").querySelector("span"), on ? "Stop" : "Microphone");
   if (state === "on") {
@@ -283,11 +307,12 @@ function heard(state, detail) {
     if (sessions.has(detail)) choose(detail);
   }
   if (state === "lost") toast("The connection broke; what you say is kept.");
+  if (state === "slow") toast("The connection is too slow: some of what was said is left out.");
   if (state === "refused") toast(detail);
 }
 
 $("mic").addEventListener("click", async () => {
-  if (microphone.running) return microphone.stop();
+  if (microphone.state === "on") return microphone.stop();
   try {
     await microphone.start();
   } catch (error) {

@@ -28,8 +28,9 @@ export class Session {
     this.late = false; // its beginning was not there any more when the page came
   }
 
+  // → whether it was news
   take(event) {
-    if (event.seq <= this.seq) return; // at least once: seen already
+    if (event.seq <= this.seq) return false; // at least once: seen already
     if (this.seq < 0) this.late = event.seq > 0;
     this.seq = event.seq;
     if (event.end > this.now) {
@@ -38,6 +39,7 @@ export class Session {
     }
     const handle = this[event.type];
     if (handle) handle.call(this, event);
+    return true;
   }
 
   name(label) {
