@@ -6,11 +6,13 @@ sent again is skipped by its position, so that nothing is heard twice and nothin
 """
 
 import asyncio
-from collections import OrderedDict
+import hmac
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, Protocol
+from urllib.parse import urlencode
 
 import numpy as np
 import structlog
@@ -19,9 +21,10 @@ from numpy.typing import NDArray
 from sinks.events import Event, SessionOpened
 from stream.clock import SAMPLE_RATE
 from stream.engine import EngineFull
+from stream.inference import EngineError
 from stream.resample import Resampler
 from stream.sources.line import Line
-from stream.sources.pcm import PcmDecoder, PcmFormat
+from stream.sources.pcm import BYTES, PcmDecoder, PcmFormat
 from stream.sources.source import Intake, Resumed, Returns, SourceError
 
 log = structlog.get_logger(__name__)
@@ -31,6 +34,9 @@ CALLER: Final[ContextVar[str]] = ContextVar("caller", default="")
 
 CLOSED: Final = 256
 """Calls that ended and are still known, so that a late caller learns that and not "unknown"."""
+
+LONGEST_GAP_S: Final = 86_400
+"""What a caller may say is missing before the audio it goes on with."""
 
 
 class Ear(Protocol):
@@ -60,6 +66,16 @@ class Form:
     rate: int = SAMPLE_RATE
     channels: int = 1
     channel: int | None = None
+
+    @property
+    def stated(self) -> str:
+        """As the query of a URL: what is kept for a caller that comes back."""
+        return urlencode({key: value for key, value in asdict(self).items() if value is not None})
+
+    @property
+    def second(self) -> int:
+        """Bytes of a second of it."""
+        return BYTES[self.encoding] * self.channels * self.rate
 
 
 class PcmEar:
@@ -99,6 +115,8 @@ class PcmEar:
     def reconnect(self, offset: int) -> int:
         """The next byte is the caller's sample frame ``offset``.
 
+        Where some are missing, take the `rest` before: it belongs before them.
+
         Returns:
             Samples (16 kHz) that are missing before it; frames that were heard already are skipped
             as they come.
@@ -107,8 +125,10 @@ class PcmEar:
         self._decoder = PcmDecoder(self.form.encoding, self.form.channels, self.form.channel)
         self._skip = max(self.taken - offset, 0)
         missing = max(offset - self.taken, 0)
-        self.taken += missing
-        self._missed += missing
+        if missing:
+            self.taken += missing
+            self._missed = self.taken
+            self._resampler = Resampler(self.form.rate)
         return round(missing * SAMPLE_RATE / self.form.rate)
 
 
@@ -184,10 +204,29 @@ class Call:
         self._parked = loop.call_later(self._resume_s, self.finish)
         log.info("caller gone", stream=self.name, session=self.session_id, waits_s=self._resume_s)
 
+    async def hear(self, data: bytes) -> None:
+        """The caller's next bytes; waits while the session is behind.
+
+        A second at a time: of few samples a second a message becomes many of ours.
+        """
+        assert self.ear is not None, "a container feeds the line itself"
+        for at in range(0, len(data), self.ear.form.second):
+            piece = data[at : at + self.ear.form.second]
+            await self.line.put(self.ear.hear(piece), self.ear.position)
+
+    def go_on(self, offset: int) -> None:
+        """The next byte is the caller's sample frame ``offset``: what lacks before it is a gap."""
+        assert self.ear is not None, "nothing in a container has a position"
+        if offset > self.ear.taken:
+            rest = self.ear.rest()
+            self.line.add(rest, self.ear.position)
+        self.line.lose(self.ear.reconnect(offset), "network")
+
     def finish(self) -> None:
         """There is no more audio: the session hears the rest and closes."""
         if self.ear is not None and not self.line.ended:
-            self.line.feed(self.ear.rest(), position=self.ear.position)
+            rest = self.ear.rest()
+            self.line.add(rest, self.ear.position)
         self.line.end()
 
     def heard(self, event: Event) -> None:
@@ -220,8 +259,9 @@ class Calls:
         intake: Where streams are brought.
         limit: Calls at a time.
         limit_each: Those of one address; None is no fewer than all.
-        resume_s: How long a call waits for its caller to come back; 0 ends it at once.
+        resume_s: Asked how long a call waits for its caller to come back; 0 ends it at once.
         buffer_ms: Audio that may wait for the engine.
+        names: Asked which names streams have that are not callers of this server.
     """
 
     def __init__(
@@ -231,15 +271,17 @@ class Calls:
         *,
         limit: int,
         limit_each: int | None,
-        resume_s: float,
+        resume_s: Callable[[], float],
         buffer_ms: int,
+        names: Callable[[], set[str]],
     ) -> None:
         self._group, self._intake = group, intake
         self._limit_each = limit if limit_each is None else limit_each
         self._limit, self._resume_s, self._buffer_ms = limit, resume_s, buffer_ms
+        self._names = names
         self._count = 0
-        self._open: dict[str, Call] = {}  # by name; bounded by `limit`
-        self._gone: OrderedDict[str, None] = OrderedDict()  # tokens of closed calls
+        self._open: list[Call] = []  # the oldest first; bounded by `limit`
+        self._gone: deque[str] = deque(maxlen=CLOSED)  # tokens of closed calls
 
     def __len__(self) -> int:
         return len(self._open)
@@ -273,25 +315,25 @@ class Calls:
         name = resume.stream if resume is not None else self._name(prefix)
         ear = None if form is None else PcmEar(form, resume.taken if resume else 0)
         line = Line(source, self._buffer_ms)
-        call = Call(name, line, ear, self._resume_s if resumable else 0.0)
+        call = Call(name, line, ear, self._resume_s() if resumable else 0.0)
         if resume is not None:
             call.session_id, call.resume_token = resume.session_id, resume.token
-        self._open[name] = call
+        self._open.append(call)
         self._group.create_task(self._run(call, tap, resume), name=f"call:{name}")
         await call.opened()
         return call
 
     def find(self, token: str) -> Call | None:
         """The open call of a resume token."""
-        return next((c for c in self._open.values() if c.resume_token == token), None)
+        return next((call for call in self._open if same(call.resume_token or "", token)), None)
 
     def ended(self, token: str) -> bool:
         """Whether the call of this token has ended."""
-        return token in self._gone
+        return any(same(gone, token) for gone in self._gone)
 
     async def over(self) -> None:
         """Wait until every call has ended."""
-        for call in list(self._open.values()):
+        for call in list(self._open):
             await call.over()
 
     async def _run(
@@ -310,19 +352,23 @@ class Calls:
                 tap=both,
                 resume=resume,
                 returns=call.returns,
+                form="" if call.ear is None else call.ear.form.stated,
                 opened=call.begun,
             )
         except (SourceError, EngineFull) as error:
             failure = error
             log.warning("refused", stream=call.name, error=str(error))
+        except EngineError:
+            raise  # of no call's making, and the end of all
+        except Exception:
+            failure = SourceError("an internal error")
+            log.exception("call failed", stream=call.name, session=call.session_id)
         finally:
             call.line.end()
             call.ended(failure)
-            del self._open[call.name]
+            self._open.remove(call)
             if call.resume_token:
-                self._gone[call.resume_token] = None
-                while len(self._gone) > CLOSED:
-                    self._gone.popitem(last=False)
+                self._gone.append(call.resume_token)
 
     async def _make_room(self) -> None:
         """Who is here goes before who may come back.
@@ -340,14 +386,21 @@ class Calls:
 
     def _crowd(self) -> list[Call]:
         """The calls that are as many as may be, if another one is too many."""
-        ours = [call for call in self._open.values() if call.address == CALLER.get()]
+        ours = [call for call in self._open if call.address == CALLER.get()]
         if len(ours) >= self._limit_each:
             return ours
-        return list(self._open.values()) if len(self._open) >= self._limit else []
+        return list(self._open) if len(self._open) >= self._limit else []
 
     def _name(self, prefix: str) -> str:
-        if prefix not in self._open:
+        """The first of ``prefix``, ``prefix-1``, ``prefix-2``, … that is no stream's."""
+        taken = {call.name for call in self._open} | self._names()
+        if prefix not in taken:
             return prefix
-        while f"{prefix}-{self._count}" in self._open or not self._count:
+        while f"{prefix}-{self._count}" in taken or not self._count:
             self._count += 1
         return f"{prefix}-{self._count}"
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two secrets are; takes the same time for every one of a length."""
+    return hmac.compare_digest(*(each.encode("utf-8", "surrogatepass") for each in (one, other)))

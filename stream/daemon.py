@@ -66,6 +66,10 @@ FIRST_S: Final = 1.0
 VOICES_S: Final = 10.0
 """How often the file of enrolled voices is looked at."""
 
+HANGS_S: Final = 4.0
+"""An inference that is silent for so long while the daemon stops will not answer any more: all is
+to be over in five seconds, but for what sinks still have to deliver."""
+
 _NOTHING: Final = np.zeros(0, np.float32)
 
 _TIMED: Final = frozenset(
@@ -159,7 +163,9 @@ async def run(
     Raises:
         ConfigError: the checkpoint's thresholds cannot be read.
         LanguageModelError: words cannot be decoded with the language model that is asked for.
-        EngineError: a checkpoint or device cannot be used, or slots are fewer than sources.
+        EngineError: a checkpoint or device cannot be used, or slots are fewer than sources. The
+            device failed, or hangs while the run is to stop: sinks get what there is, and sessions
+            stay in `session.state`.
         SourceError: a source cannot be opened, in which case nothing ran; or one failed later, in
             which case its session was closed with reason "error" and all else ran to its end
             without being told to stop; or one cannot listen.
@@ -197,12 +203,7 @@ async def run(
                 f"but there are {len(sources)} sources; expected as many slots or more"
             )
         house.settings = await asyncio.to_thread(_thresholds, config, house.engine)
-        house.language = await asyncio.to_thread(
-            open_language_model,
-            house.settings.words,
-            house.engine.loaded.language_file,
-            house.engine.loaded.vocabulary,
-        )
+        house.language = await asyncio.to_thread(_language, house.settings, house.engine)
         house.gallery = await asyncio.to_thread(house.enrolled.gallery)
         await house.find_survivors(stack)
         house.fanout = await stack.enter_async_context(
@@ -225,6 +226,7 @@ class Live:
         called: A listener's caller opened it.
         resumable: Whether it may outlive the process.
         tap: See `Intake.stream`.
+        form: Likewise.
         emitting: Held from the making of events to their publication: `seq` keeps its order.
         position: See `Block.position`.
         saved: When it was saved last, in monotonic seconds.
@@ -237,6 +239,7 @@ class Live:
     called: bool
     resumable: bool
     tap: OnEvent | None
+    form: str = ""
     emitting: asyncio.Lock = field(default_factory=asyncio.Lock)
     position: int = 0
     saved: float = field(default_factory=monotonic)
@@ -326,6 +329,7 @@ class House:
                 group.create_task(self.engine.lost(), name="engine"),
                 group.create_task(self.supervisor.watch(self.engine.alive), name="watchdog"),
                 group.create_task(self._tell_of_the_stop(), name="stopping"),
+                group.create_task(self._stop_without(), name="hanging"),
                 group.create_task(self._tell_of_trouble(), name="trouble"),
                 group.create_task(self.pulse.beat(), name="pulse"),
                 group.create_task(give_back(), name="memory"),
@@ -363,6 +367,24 @@ class House:
         await self.stop.wait()
         self.supervisor.stopping()
 
+    async def _stop_without(self) -> None:
+        """Once told to stop: streams wait for the inference to the end, but not for ever.
+
+        Raises:
+            EngineError: it hangs.
+        """
+        await self.stop.wait()
+        while True:
+            try:
+                async with asyncio.timeout(HANGS_S):
+                    await self.engine.alive()
+            except TimeoutError:
+                self.engine.abandon()
+                raise EngineError(
+                    f"the inference hangs: no answer in {HANGS_S:g} s; stopped without it"
+                ) from None
+            await asyncio.sleep(HANGS_S / 10)
+
     def trouble(self, sink: str, error: str | None) -> None:
         """A sink begins to fail, or takes events again; for the fanout to call."""
         # Bound: a sink has one kind of trouble at a time, and says it once.
@@ -390,6 +412,11 @@ class House:
             try:
                 given = await asyncio.to_thread(read)
                 settings = await asyncio.to_thread(_thresholds, given, self.engine)
+                language = self.language
+                if settings.words != self.settings.words:
+                    language = await asyncio.to_thread(_language, settings, self.engine)
+                enrolled = Enrolled(given.voiceprints, self.engine.loaded)
+                gallery = await asyncio.to_thread(enrolled.gallery, strict=False)
                 changed = [
                     key
                     for key in type(given).model_fields
@@ -401,9 +428,9 @@ class House:
                 self.config = self.config.model_copy(
                     update={key: getattr(given, key) for key in changed if key in RELOADED}
                 )
-                self.settings = settings
+                self.settings, self.language = settings, language
                 self.config.log.configure()
-                await self.look_again()
+                self._look_for(gallery)
             except Exception as error:  # noqa: BLE001 - a sink of somebody else's may raise anything
                 log.error("not reloaded", error=str(error))  # noqa: TRY400 - it is the user's file
             else:
@@ -433,6 +460,7 @@ class House:
         tap: OnEvent | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        form: str = "",
         opened: Callable[[], None] | None = None,
     ) -> None:
         """A listener's caller: see `Intake.stream`."""
@@ -440,7 +468,15 @@ class House:
         try:
             async with source.open() as blocks:
                 await self._session_over(
-                    name, source, blocks, slot, tap, returns=returns, resume=resume, opened=opened
+                    name,
+                    source,
+                    blocks,
+                    slot,
+                    tap,
+                    returns=returns,
+                    form=form,
+                    resume=resume,
+                    opened=opened,
                 )
         finally:
             self.engine.release(slot)
@@ -449,6 +485,12 @@ class House:
     def resume_s(self) -> float:
         """See `Desk.resume_s`."""
         return self.config.session.resume_s
+
+    @property
+    def names(self) -> set[str]:
+        """See `Desk.names`."""
+        now = {live.session.stream_id for live in self.live.values()}
+        return now | self.lobby.streams | set(self.config.sources)
 
     def status(self) -> Status:
         """See `Desk.status`."""
@@ -497,7 +539,8 @@ class House:
             embedding, evidence_s = tracks.profile(number)
             note = consent or f"named and enrolled by a listener of session {session_id}"
             await asyncio.to_thread(self.enrolled.add, name, embedding, evidence_s, note, expires)
-            await self.look_again()
+            with suppress(VoiceprintError):  # it is kept; `_keep_looking` tells what is wrong
+                await self.look_again()
         await self._emit(live, partial(live.session.name_speaker, number, name))
         live.saved = -inf  # no audio brings a name back: save it soon
 
@@ -514,12 +557,24 @@ class House:
         """Read the enrolled voices again: every open session looks for them from now on.
 
         Raises:
-            VoiceprintError: they cannot be read.
+            VoiceprintError: they cannot be read; nobody is looked for, as anybody may have been
+                forgotten.
         """
-        gallery = await asyncio.to_thread(self.enrolled.gallery)
-        if gallery is self.gallery or (gallery is not None and gallery.same(self.gallery)):
+        try:
+            gallery = await asyncio.to_thread(self.enrolled.gallery, strict=False)
+        except VoiceprintError:
+            self._look_for(None)
+            raise
+        self._look_for(gallery)
+
+    def _look_for(self, gallery: Gallery | None) -> None:
+        before = self.gallery
+        if gallery is before or (gallery is not None and gallery.same(before)):
             return
         self.gallery = gallery
+        left_out = () if gallery is None else gallery.left_out
+        if left_out and (before is None or left_out != before.left_out):
+            log.warning("not looked for: enrolled with another checkpoint", names=left_out)
         for live in self.live.values():
             live.session.tracks.look_for(gallery or NOBODY)
 
@@ -573,6 +628,7 @@ class House:
         tap: OnEvent | None,
         *,
         returns: Returns,
+        form: str = "",
         resume: Resumed | None = None,
         opened: Callable[[], None] | None = None,
     ) -> None:
@@ -584,23 +640,26 @@ class House:
         if not called and (survivor := self.lobby.claim_source(name)) is not None:
             resume = survivor.resumed()
         session = self._session(name, source, slot, resume)
-        live = Live(session, source.name, called, source.live and returns != "never", tap)
-        live.saved -= max(self.config.session.save_s - FIRST_S, 0)
+        outlives = source.live and returns != "never"
+        live = Live(session, source.name, called, outlives, tap, form)
         self.sessions += 1
         if resume is not None:
             try:
                 await self._go_on(live, resume)
             except SourceError as error:
+                await self._give_up(live, resume, str(error))
                 if called:
                     raise
                 log.warning("session begins anew", stream=name, error=str(error))
                 resume = None
-                session = live.session = self._session(name, source, slot, None)
+                session = self._session(name, source, slot, None)
+                live = Live(session, source.name, called, outlives, tap, form)
         if resume is None:
             log.info("session opened", stream=name, session=session.id, source=source.name)
             await self._emit(live, session.opened)
             for sink, error in self._failing.items():
                 await self._emit(live, partial(session.warned, "sink.failed", f"{sink}: {error}"))
+        live.saved -= max(self.config.session.save_s - FIRST_S, 0)
         self.live[session.id] = live
         if opened is not None:
             opened()
@@ -612,6 +671,17 @@ class House:
                 live.saving.cancel()
         if failure is not None and not called:
             self.failures.append(failure)
+
+    async def _give_up(self, live: Live, resume: Resumed, why: str) -> None:
+        """End a session of an earlier process that cannot go on: its subscribers wait for that."""
+        session = live.session
+        session.abandon()
+        session.go_on(resume.next_seq, resume.said)
+        await self._emit(live, lambda: session.failed("session.lost", why))
+        await self._emit(live, lambda: session.closed("error"))
+        live.over = True
+        if self.survival is not None:
+            self.survival.forget(session.id)
 
     async def _go_on(self, live: Live, resume: Resumed) -> None:
         """Take up a session of an earlier process.
@@ -737,6 +807,7 @@ class House:
                     token=session.resume_token,
                     source=live.source,
                     called=live.called,
+                    form=live.form,
                     taken=live.position,
                     received=session.received,
                     saved=time(),
@@ -901,6 +972,12 @@ def _thresholds(config: Config, engine: Engine) -> TracksSettings:
         return measured.over(config.tracks.model_dump(exclude_unset=True))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _language(settings: TracksSettings, engine: Engine) -> LanguageModel | None:
+    """What words are decoded with; see `open_language_model`."""
+    loaded = engine.loaded
+    return open_language_model(settings.words, loaded.language_file, loaded.vocabulary)
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class Desk(Intake, Protocol):
         """How long a session waits for its caller to come back."""
         ...
 
+    @property
+    def names(self) -> set[str]:
+        """Names that streams have, will have, or may come back under."""
+        ...
+
     def claim(self, token: str) -> Survivor | None:
         """The session of an earlier process with this token, once."""
         ...

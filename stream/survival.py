@@ -23,13 +23,14 @@ from typing import Any, Final
 import structlog
 
 from sinks.events import Event, parse
+from stream.calls import same
 from stream.database import Unusable, open_database
 from stream.sources.source import Resumed
 from stream.writing import gather
 
 log = structlog.get_logger(__name__)
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 AHEAD: Final = 1 << 20
 """Numbers a process may give out between two saves of a session: days of events."""
@@ -50,7 +51,8 @@ CREATE TABLE sessions (
     taken INTEGER NOT NULL,
     received INTEGER NOT NULL,
     saved REAL NOT NULL,
-    data BLOB NOT NULL
+    data BLOB NOT NULL,
+    form TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE numbers (
     id TEXT PRIMARY KEY,
@@ -64,6 +66,8 @@ CREATE TABLE said (
 ) STRICT, WITHOUT ROWID;
 """
 # `numbers` apart: changing a row writes all of it, and a session's holds megabytes.
+
+_UPGRADES: Final = {2: "ALTER TABLE sessions ADD COLUMN form TEXT NOT NULL DEFAULT '';"}
 
 _TRIM: Final = """
 DELETE FROM said WHERE id = :id AND seq < (
@@ -93,6 +97,7 @@ class Survivor:
         free: No event of it has this number or a higher one.
         data: See `Session.freeze`.
         said: Its latest events.
+        form: Of the caller's audio, as `Form.stated` says it; "" if that is not known.
     """
 
     session_id: str
@@ -106,6 +111,7 @@ class Survivor:
     free: int
     data: bytes
     said: tuple[Event, ...] = ()
+    form: str = ""
 
     def resumed(self) -> Resumed:
         """The same, for the session that goes on with it."""
@@ -137,10 +143,15 @@ class Lobby:
 
     def claim(self, token: str) -> Survivor | None:
         """The one with this resume token, if it still waits."""
-        survivor = self._waiting.get(token)
-        if survivor is None or self._left_s(survivor) < 0:
+        found = next((each for each in self._waiting.values() if same(each.token, token)), None)
+        if found is None or self._left_s(found) < 0:
             return None
-        return self._waiting.pop(token)
+        return self._waiting.pop(found.token)
+
+    @property
+    def streams(self) -> set[str]:
+        """Theirs."""
+        return {each.stream for each in self._waiting.values()}
 
     def claim_source(self, stream: str) -> Survivor | None:
         """The one of the configuration's source of this name, if it still waits."""
@@ -212,9 +223,9 @@ class Survival:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         row = (s.session_id, s.stream, s.token, s.source, int(s.called))
-        row = (*row, s.taken, s.received, s.saved, s.data)
+        row = (*row, s.taken, s.received, s.saved, s.data, s.form)
         statements = (
-            ("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row),
+            ("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row),
             ("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (s.session_id, s.free)),
             (_TRIM, {"id": s.session_id, "kept": KEPT}),
         )
@@ -231,7 +242,11 @@ class Survival:
     def _prepare(self) -> tuple[sqlite3.Connection, list[Survivor]]:
         try:
             database = open_database(
-                self._path, "a file of open sessions", version=VERSION, schema=_SCHEMA
+                self._path,
+                "a file of open sessions",
+                version=VERSION,
+                schema=_SCHEMA,
+                upgrades=_UPGRADES,
             )
         except Unusable as error:
             raise SurvivalError(f"session.state: {error}") from error
@@ -286,7 +301,7 @@ class Survival:
 
 
 _SESSIONS: Final = """
-SELECT id, stream, token, source, called, taken, received, saved, free, data
+SELECT id, stream, token, source, called, taken, received, saved, free, data, form
 FROM sessions JOIN numbers USING (id) ORDER BY saved
 """
 
@@ -303,12 +318,24 @@ def _survivor(
     saved: float,
     free: int,
     data: bytes,
+    form: str,
 ) -> Survivor:
     """A row of `_SESSIONS`, with the events beside it."""
     rows = database.execute("SELECT event FROM said WHERE id = ? ORDER BY seq", (session_id,))
     said = tuple(parse(event) for (event,) in rows)
     return Survivor(
-        session_id, stream, token, source, bool(called), taken, received, saved, free, data, said
+        session_id,
+        stream,
+        token,
+        source,
+        bool(called),
+        taken,
+        received,
+        saved,
+        free,
+        data,
+        said,
+        form,
     )
 
 

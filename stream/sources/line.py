@@ -92,6 +92,11 @@ class Line:
             self._taken.clear()
             await self._taken.wait()
 
+    def add(self, samples: NDArray[np.float32], position: int = 0) -> None:
+        """The few that a resampler held back: room or not, they displace nothing."""
+        if not self._ended and len(samples):
+            self._append(Block(samples, monotonic(), position=position))
+
     def lose(self, lost: int, reason: GapReason) -> None:
         """``lost`` samples are missing before the next ones."""
         if lost > 0 and not self._ended:

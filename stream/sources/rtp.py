@@ -2,7 +2,9 @@
 
 The timeline is the sender's own: sample i of the stream is RTP timestamp t0 + i. What has not come
 when its time is up, or came damaged, is lost, exactly as long as it was, and said so; what comes
-later still is dropped. Source: RFC 3550, RFC 3551 (payload types), RFC 7587 (Opus).
+later still is dropped. What comes between the audio under another payload type (comfort noise, key
+presses) is no audio: where it stands instead of some, that is lost. Source: RFC 3550, RFC 3551
+(payload types), RFC 3389 (comfort noise), RFC 4733 (key presses), RFC 7587 (Opus).
 """
 
 import asyncio
@@ -39,6 +41,13 @@ _LONGEST: Final = 5760
 
 _SILENT_S: Final = 2.0
 """After this long without a packet another sender may take the port."""
+
+_COMFORT_NOISE: Final = 13
+"""A payload type that is no audio, whatever comes first: a stream may begin in silence."""
+
+_MISTAKEN: Final = 500
+"""So many packets of another type in a row are the audio: the type that is kept was of a key press
+that came first, or the sender has changed it."""
 
 
 class RtpSource(BaseModel):
@@ -157,12 +166,14 @@ class Packet:
         ssrc: Who sends.
         seq: 16 bits.
         timestamp: 32 bits, of its first sample.
+        kind: The payload type.
         payload: The audio.
     """
 
     ssrc: int
     seq: int
     timestamp: int
+    kind: int
     payload: bytes
 
     @classmethod
@@ -171,7 +182,8 @@ class Packet:
         if len(data) < _HEADER.size:
             return None
         first, second, seq, timestamp, ssrc = _HEADER.unpack_from(data)
-        if first >> 6 != 2 or 72 <= second & 0x7F <= 76:  # RTCP on the same port
+        kind = second & 0x7F
+        if first >> 6 != 2 or 72 <= kind <= 76:  # RTCP on the same port
             return None
         start = _HEADER.size + 4 * (first & 15)
         if first & 16:
@@ -183,7 +195,7 @@ class Packet:
             end -= data[-1]
         if end < start:
             return None
-        return cls(ssrc, seq, timestamp, data[start:end])
+        return cls(ssrc, seq, timestamp, kind, data[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +224,8 @@ class Jitter:
         rate: Timestamps a second.
         depth_s: How long a missing packet is waited for.
         room: Packets that may wait.
-        counts: late, duplicate, foreign, restart, damaged: packets that were not heard, and why.
+        counts: late, duplicate, foreign, restart, damaged, other (of another payload type): packets
+            that were not heard, and why.
     """
 
     rate: int
@@ -220,28 +233,52 @@ class Jitter:
     room: int = 512
     counts: Counter[str] = field(default_factory=Counter[str])
     _ssrc: int | None = None
+    _kind: int | None = None  # the payload type of its audio
+    _others: int = 0  # packets of another one, in a row
     _next: int | None = None  # unwrapped timestamp that comes next
     _last: float = 0.0  # when the last packet of ours came
+    _present: float = 0.0  # the same, or one that was no audio: who sends it is there
     _waiting: dict[int, tuple[float, Packet]] = field(
         default_factory=dict[int, tuple[float, Packet]]
     )
     _lengths: dict[int, int] = field(default_factory=dict[int, int])
 
+    def takes(self, packet: Packet, now: float) -> bool:
+        """Whether a packet that arrives is audio, for `push`; others are counted.
+
+        The payload type of a stream's first packet is that of its audio. The others need no place
+        on the timeline: the timestamps of the audio around them tell what they displaced.
+        """
+        ours = packet.ssrc == self._ssrc
+        if packet.kind != _COMFORT_NOISE and (not ours or packet.kind == self._kind):
+            return True
+        self.counts["other"] += 1
+        if ours:
+            self._present = now
+        if not ours or packet.kind == _COMFORT_NOISE:
+            return False
+        self._others += 1
+        if self._others < _MISTAKEN:
+            return False
+        self._kind = packet.kind
+        return True
+
     def push(self, packet: Packet, length: int, now: float) -> list[Heard | Lost]:
-        """A packet of ``length`` timestamps arrives → what is certain by now."""
+        """A packet of audio of ``length`` timestamps arrives → what is certain by now."""
         if self._ssrc is not None and packet.ssrc != self._ssrc:
-            if now - self._last < _SILENT_S:
+            if now - self._present < _SILENT_S:
                 self.counts["foreign"] += 1
                 return []
             return [*self._begin(now), *self.push(packet, length, now)]
-        self._ssrc = packet.ssrc
+        self._ssrc, self._kind = packet.ssrc, packet.kind
         if self._next is None:
             self._next = packet.timestamp
         at = self._unwrapped(packet.timestamp)
         if abs(at - self._next) > _JUMP_S * self.rate:
             self.counts["restart"] += 1
             return [*self._begin(now), *self.push(packet, length, now)]
-        self._last = now
+        self._last = self._present = now
+        self._others = 0
         if at in self._waiting:
             self.counts["duplicate"] += 1
             return []
@@ -275,7 +312,7 @@ class Jitter:
         """Another timeline begins: what waits leaves, the silence between is lost by the clock."""
         told = self.flush()
         gone = max(now - self._last, 0.0)
-        self._ssrc, self._next = None, None
+        self._ssrc, self._kind, self._next = None, None, None
         lost = round(gone * self.rate)
         self._last = now
         return [*told, Lost(lost)] if lost else told
@@ -408,18 +445,23 @@ class _Port(asyncio.DatagramProtocol):
         self._told = 0  # samples at 16 kHz fed to a line, or lost to it, of those
         self._heard = monotonic()
         self._quiet = True
+        self._ignored: set[int] = set()  # payload types that were mentioned
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
         packet = Packet.parse(data)
         if packet is None or not packet.payload:
             return
-        self._heard = monotonic()
+        now = monotonic()
+        if not self._jitter.takes(packet, now):
+            self._ignore(packet.kind)
+            return
+        self._heard = now
         self._quiet = False
         length = self._decoder.length(packet.payload)
         if not length:  # as if it had not come: the next one tells how much is missing
             self._jitter.counts["damaged"] += 1
             return
-        self._tell(self._jitter.push(packet, length, self._heard))
+        self._tell(self._jitter.push(packet, length, now))
 
     async def run(self) -> None:
         """The clock: time is up for what is missing, or the sender has gone."""
@@ -435,6 +477,11 @@ class _Port(asyncio.DatagramProtocol):
                 self._bring_out()
                 for line in self._lines:
                     line.pause("network")
+
+    def _ignore(self, kind: int) -> None:
+        if kind not in self._ignored:
+            self._ignored.add(kind)
+            log.info("ignored", source=self._settings.name, payload_type=kind, why="no audio")
 
     def _bring_out(self) -> None:
         self._feed([resampler.flush() for resampler in self._resamplers])

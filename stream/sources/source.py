@@ -116,6 +116,7 @@ class Intake(Protocol):
         tap: Callable[[Event], None] | None = None,
         resume: Resumed | None = None,
         returns: Returns = "never",
+        form: str = "",
         opened: Callable[[], None] | None = None,
     ) -> None:
         """Run one session over ``source`` until it ends, or the daemon drains.
@@ -126,6 +127,7 @@ class Intake(Protocol):
             tap: Called with each event of this session, at once and on the event loop.
             resume: The session to go on with; None begins one.
             returns: How it may go on in another process; what never does is drained at the end.
+            form: Of the caller's audio, for who takes it up there: see `Survivor.form`.
             opened: Called when the session is open: begun, or gone on with.
 
         Raises:

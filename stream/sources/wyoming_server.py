@@ -14,25 +14,29 @@ configuration. The package wyoming is imported when the port opens.
 import asyncio
 import importlib
 import warnings
-from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from typing import Any, Final, Literal
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from sinks.events import Event, SpeakerIdentified, TranscriptFinal, Word
-from stream.calls import Form, PcmEar
 from stream.engine import EngineFull
+from stream.resample import Resampler
 from stream.sources.line import Line
+from stream.sources.pcm import PcmDecoder
 from stream.sources.source import Intake, SourceError
 
 log = structlog.get_logger(__name__)
 
 LARGEST: Final = 1 << 20
 """Bytes of a part of a message; a longer one ends the connection."""
+
+WRITE_S: Final = 5.0
+"""How long a client may take to accept what it is told; then it is hung up on."""
 
 
 class WyomingSource(BaseModel):
@@ -74,11 +78,12 @@ class WyomingSource(BaseModel):
                 client = _Client(self, f"{name}-{count}", intake, info, reader, writer)
                 clients[task] = client
                 await client.run()
+            except asyncio.CancelledError:
+                writer.transport.abort()  # nobody waits for what is not sent by now
+                raise
             finally:
+                await _close(writer)
                 clients.pop(task, None)
-                writer.close()
-                with suppress(OSError):
-                    await writer.wait_closed()
 
         try:
             server = await asyncio.start_server(take, self.host, self.port, limit=LARGEST)
@@ -99,13 +104,20 @@ class WyomingSource(BaseModel):
 
 
 class _Bounded:
-    """A reader for the package's own parser, with a bound on what a header may announce."""
+    """A reader for the package's own parser, with a bound on what a header may announce.
+
+    Attributes:
+        over: The client has said all. The parser answers None to that, and to some nonsense.
+    """
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
+        self.over = False
         self._reader = reader
 
     async def readline(self) -> bytes:
-        return await self._reader.readline()
+        line = await self._reader.readline()
+        self.over = not line
+        return line
 
     async def readexactly(self, n: int) -> bytes:
         if not 0 <= n <= LARGEST:
@@ -131,31 +143,36 @@ class _Client:
         self._utterances = 0
         self._language: str | None = None
         self.speaking = False
-        """Whether an utterance is under way."""
+        """Whether an utterance is under way, or its end is being told."""
         self._failure: Exception | None = (
             None  # of a task; raised there, it would be one of a group
         )
 
     async def run(self) -> None:
         try:
-            while not self._intake.stop.is_set() and (event := await self._read()) is not None:
+            while not self._over and (event := await self._read()) is not None:
                 if event.type == "describe":
                     await self._write(self._info.event())
                 elif event.type == "transcribe":
-                    self._language = (event.data or {}).get("language")
+                    self._language = _text(event.data, "language")
                 elif event.type == "audio-start":
                     await self._utterance(event)
                 elif event.type == "ping":
-                    await self._write_plain("pong", event.data or {})
+                    await self._write_plain("pong", {"text": _text(event.data, "text")})
         except TimeoutError:
             log.info("closed", stream=self._name, why="idle", idle_s=self._settings.idle_s)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             log.warning("refused", stream=self._name, error=f"not a message: {error}")
         except (OSError, asyncio.IncompleteReadError):
             pass  # it has gone
         except (SourceError, EngineFull) as error:
             log.warning("refused", stream=self._name, error=str(error))
             await self._write_plain("error", {"text": str(error), "code": "busy"})
+
+    @property
+    def _over(self) -> bool:
+        """Whether the client is to say no more: the daemon stops, or it was hung up on."""
+        return self._intake.stop.is_set() or self._writer.is_closing()
 
     async def _utterance(self, start: Any) -> None:
         """Audio until ``audio-stop`` → its session, and what it said."""
@@ -188,28 +205,28 @@ class _Client:
                 finally:
                     told.put_nowait(None)
                     hearing.cancel()
+            if self._failure is not None:
+                raise self._failure
+            await self._write(TranscriptStop().event())
+            said = " ".join(word.word for word in words)
+            context = {"speakers": _speakers(words, people)}
+            await self._write(Transcript(said, context=context, language=self._language).event())
         finally:
             self.speaking = False
-        if self._failure is not None:
-            raise self._failure
-        await self._write(TranscriptStop().event())
-        said = " ".join(word.word for word in words)
-        context = {"speakers": _speakers(words, people)}
-        await self._write(Transcript(said, context=context, language=self._language).event())
 
-    async def _hear(self, ear: PcmEar, line: Line) -> None:
+    async def _hear(self, ear: "_Ear", line: Line) -> None:
         try:
             while (event := await self._read()) is not None:
                 if event.type == "audio-chunk":
                     await line.put(ear.hear(event.payload or b""))
                 elif event.type == "audio-stop":
                     break
-            line.feed(ear.rest())
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # what was heard is still told, if anyone listens
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             self._failure = error  # what was heard before is kept
         finally:
+            line.add(ear.rest())
             line.end()
 
     async def _tell(self, told: "asyncio.Queue[TranscriptFinal | None]") -> None:
@@ -219,16 +236,43 @@ class _Client:
             await self._write(TranscriptChunk(event.text + " ").event())
 
     async def _read(self) -> Any:
+        """The next message, whose data is an object; None when the client has said all.
+
+        Raises:
+            ValueError: it is malformed.
+            TimeoutError: none came.
+        """
         from wyoming.event import async_read_event
 
-        async with asyncio.timeout(self._settings.idle_s):
-            return await async_read_event(self._reader)  # pyright: ignore[reportArgumentType]
+        try:
+            async with asyncio.timeout(self._settings.idle_s):
+                event = await async_read_event(self._reader)  # pyright: ignore[reportArgumentType]
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError("expected an object with a type") from error
+        if event is None:
+            if self._reader.over:
+                return None
+            raise ValueError(f"expected an object as JSON, and {LARGEST} bytes of it at most")
+        data: Any = {} if event.data is None else event.data  # pyright: ignore[reportUnnecessaryComparison]
+        if not isinstance(data, dict):
+            raise ValueError("data: expected an object")
+        event.data = data
+        return event
 
     async def _write(self, event: Any) -> None:
+        """Tell the client something; if it does not take it in time, it is hung up on."""
         from wyoming.event import async_write_event
 
-        with suppress(OSError):
-            await async_write_event(event, self._writer)
+        if self._writer.is_closing():
+            return
+        try:
+            async with asyncio.timeout(WRITE_S):
+                await async_write_event(event, self._writer)
+        except TimeoutError:
+            log.warning("closed", stream=self._name, why="reads too slowly", write_s=WRITE_S)
+            self._writer.transport.abort()
+        except OSError:
+            pass  # it has gone
 
     async def _write_plain(self, kind: str, data: dict[str, Any]) -> None:
         from wyoming.event import Event as Message
@@ -236,28 +280,70 @@ class _Client:
         await self._write(Message(type=kind, data=data))
 
 
-def _ear(data: Any) -> PcmEar:
-    """The form ``audio-start`` announces.
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """End a connection; what the client does not take in time is thrown away."""
+    writer.close()
+    try:
+        async with asyncio.timeout(WRITE_S):
+            await writer.wait_closed()
+    except OSError:  # of which a TimeoutError is one
+        pass
+    finally:
+        if writer.transport.get_write_buffer_size():
+            writer.transport.abort()
+
+
+def _text(data: dict[str, Any], key: str) -> str | None:
+    """A text of a message's data, if there is one.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    text = data.get(key)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{key}: expected text")
+    return text
+
+
+def _ear(data: dict[str, Any]) -> "_Ear":
+    """For the form ``audio-start`` announces.
 
     Raises:
         ValueError: it makes no sense.
     """
-    rate, width, channels = int(data["rate"]), int(data["width"]), int(data["channels"])
+    try:
+        rate, width, channels = (int(data[key]) for key in ("rate", "width", "channels"))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError("audio-start: expected rate, width and channels as numbers") from error
     if width not in {2, 4} or not 1000 <= rate <= 768_000 or not 1 <= channels <= 64:
         raise ValueError(f"audio-start: got {rate} Hz, {width} bytes, {channels} channels")
-    if width == 4:
-        return _WideEar(Form("s16le", rate, channels))
-    return PcmEar(Form("s16le", rate, channels))
+    return (_Ear if width == 2 else _WideEar)(rate, channels)
 
 
-class _WideEar(PcmEar):
+class _Ear:
+    """16-bit integers → 16 kHz mono."""
+
+    def __init__(self, rate: int, channels: int) -> None:
+        self._decoder = PcmDecoder("s16le", channels)
+        self._resampler = Resampler(rate)
+
+    def hear(self, data: bytes) -> NDArray[np.float32]:
+        """→ [n]"""
+        return self._resampler.step(self._decoder.step(data))
+
+    def rest(self) -> NDArray[np.float32]:
+        """What the resampler held back, at the end of the audio. → [n]"""
+        return self._resampler.flush()
+
+
+class _WideEar(_Ear):
     """32-bit integers: their upper halves are 16-bit ones."""
 
-    def __init__(self, form: Form) -> None:
-        super().__init__(form)
+    def __init__(self, rate: int, channels: int) -> None:
+        super().__init__(rate, channels)
         self._odd = b""
 
-    def hear(self, data: bytes) -> Any:
+    def hear(self, data: bytes) -> NDArray[np.float32]:
         data = self._odd + data
         whole = len(data) // 4 * 4
         self._odd = data[whole:]

@@ -9,7 +9,8 @@ Then events come, as everywhere. Binary messages are audio; ``{"type": "close"}`
 left is computed, and the connection closes after ``session.closed``.
 
 A client that lost its connection comes back with ``resume`` (the token), ``after`` (the last
-``seq`` it has) and ``have`` (the first of its own sample frames that it can still send). It goes on
+``seq`` it has) and ``have`` (the first of its own sample frames that it can still send); the form
+of the audio is what it was, and need not be stated again. It goes on
 from the sample frame ``received`` of the new ready message: nothing is heard twice. ``complete``
 is false if events after ``after`` are no longer kept. ``resume_token`` is null where nobody can
 come back: in a container there is no position to go on from, and ``session.resume_s`` may be 0.
@@ -19,10 +20,11 @@ import asyncio
 import re
 from collections.abc import Mapping
 from typing import Final
+from urllib.parse import parse_qsl
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stream.calls import Call, Calls, Form
+from stream.calls import LONGEST_GAP_S, Call, Calls, Form
 from stream.engine import EngineFull
 from stream.feed import Subscription, Wanted
 from stream.server import Desk, ServerSettings
@@ -33,6 +35,8 @@ from stream.web.gate import LATER, POLICY
 from stream.web.wire import AWAY, INVALID, NORMAL, RESTART, UNSUPPORTED, Hangup, Wire, command
 
 _CONTAINED: Final = frozenset({"opus", "ogg", "webm"})
+
+_FORM: Final = ("encoding", "rate", "channels", "channel")
 
 _NAME: Final = re.compile(r"[^\x00-\x1f/]{1,128}")
 
@@ -76,25 +80,27 @@ class Audio:
         """The call of a resume token, of this process or of one before it."""
         if query.get("encoding") in _CONTAINED:
             raise ValueError("resume: expected raw PCM, as audio in a container begins anew")
-        have = None if "have" not in query else _count("have", query["have"])
-        shape = form(query)
         call = self._calls.find(token)
         if call is not None:
             await call.opened()
-        else:
-            survivor = self._desk.claim(token)
-            if survivor is None:
-                known = "has ended" if self._calls.ended(token) else "is not known"
-                raise Hangup(POLICY, f"the session of this resume token {known}")
-            try:
-                call = await self._calls.open(
-                    survivor.stream, survivor.source, shape, resume=survivor.resumed()
-                )
-            except EngineFull:
-                self._desk.give_back(survivor)
-                raise
-        if call.ear is not None:
-            call.line.lose(call.ear.reconnect(max(have or 0, call.ear.taken)), "network")
+            if call.ear is not None:
+                shape = _as_before(query, call.ear.form.stated)
+                call.go_on(_offset(query, call.ear.taken, shape))
+            return call
+        survivor = self._desk.claim(token)
+        if survivor is None:
+            known = "has ended" if self._calls.ended(token) else "is not known"
+            raise Hangup(POLICY, f"the session of this resume token {known}")
+        try:
+            shape = _as_before(query, survivor.form)
+            offset = _offset(query, survivor.taken, shape)
+            call = await self._calls.open(
+                survivor.stream, survivor.source, shape, resume=survivor.resumed()
+            )
+        except (EngineFull, ValueError):
+            self._desk.give_back(survivor)
+            raise
+        call.go_on(offset)
         return call
 
     async def _carry(
@@ -130,13 +136,9 @@ class Audio:
                 await asyncio.wait({talking, telling}, return_when=asyncio.FIRST_COMPLETED)
                 if talking.done():
                     code, reason = talking.result()
-                    if code == NORMAL and call.carries(connection):
-                        # The session computes the rest; its last event ends the telling.
-                        await telling
-                    elif code == NORMAL:
-                        code, reason = POLICY, "another connection carries this session now"
-                else:
-                    telling.result()
+                if talking.done() and code == NORMAL and not call.carries(connection):
+                    code, reason = POLICY, "another connection carries this session now"
+                elif code == NORMAL and not await telling:  # the session computes the rest
                     if reader.evicted:
                         code, reason = LATER, f"reads too slowly{again}"
                     elif self._desk.stop.is_set():
@@ -176,8 +178,8 @@ class Audio:
                 if isinstance(message, bytes):
                     if container is not None:
                         await container.feed(message)
-                    elif call.ear is not None:
-                        await call.line.put(call.ear.hear(message), call.ear.position)
+                    else:
+                        await call.hear(message)
                     continue
                 kind = command(message).get("type")
                 if kind == "close":
@@ -200,12 +202,13 @@ class Audio:
                 call.finish()
 
 
-async def _tell(wire: Wire, reader: Subscription) -> None:
-    """The session's events until its last."""
+async def _tell(wire: Wire, reader: Subscription) -> bool:
+    """The session's events → whether its last was among them."""
     async for line in reader:
         await wire.send(line.data.decode())
         if line.type == "session.closed":
-            return
+            return True
+    return False
 
 
 def form(query: Mapping[str, str]) -> Form:
@@ -228,6 +231,31 @@ def form(query: Mapping[str, str]) -> Form:
     if which is not None and which >= channels:
         raise ValueError(f"channel: expected 0 to {channels - 1}, got {which}")
     return Form(encoding, rate, channels, which)
+
+
+def _as_before(query: Mapping[str, str], stated: str) -> Form:
+    """The form of a session that goes on: what its first connection stated, again or not.
+
+    Raises:
+        ValueError: the query states another one.
+    """
+    known = dict(parse_qsl(stated))
+    found = form({**known, **{key: query[key] for key in _FORM if key in query}})
+    if known and found != form(known):
+        raise ValueError(f"resume: expected the audio's form as it was: {stated}")
+    return found
+
+
+def _offset(query: Mapping[str, str], taken: int, shape: Form) -> int:
+    """The caller's sample frame that it goes on from: one it has, and none that was heard.
+
+    Raises:
+        ValueError: it is nowhere near.
+    """
+    have = _count("have", query.get("have", "0"))
+    if have - taken > LONGEST_GAP_S * shape.rate:
+        raise ValueError(f"have: expected at most a day after {taken}, which were received")
+    return max(have, taken)
 
 
 def _count(key: str, text: str) -> int:

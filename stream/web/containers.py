@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from stream.clock import SAMPLE_RATE
 from stream.sources.line import Line
 
-_PIECES: Final = 64
-"""Pieces that wait for the thread; then the sender waits."""
+_WAITING: Final = 1 << 20
+"""Bytes that wait for the thread; then the sender waits."""
+
+_FORMATS: Final = "ogg,matroska,webm,flac,wav,mp3,aac,mov"
+"""FFmpeg's demuxers for what a caller may send. Others open files and addresses of the caller's
+choice: ``concat``, ``sdp``, playlists."""
 
 
 class ContainerError(Exception):
@@ -28,7 +32,8 @@ class Container:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._loop = asyncio.get_running_loop()
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)  # full: the sender waits
+        self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # see `_WAITING`
+        self._waiting = 0
         self._rest = b""
         self._room = asyncio.Event()
         self._room.set()
@@ -57,9 +62,7 @@ class Container:
             ContainerError: the decoder gave up.
         """
         assert self._decoding is not None
-        while self._pieces.full():
-            if self._decoding.done():
-                break
+        while self._waiting >= _WAITING and not self._decoding.done():
             self._room.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
@@ -67,7 +70,8 @@ class Container:
         if self._decoding.done():
             self._decoding.result()
             raise ContainerError("the audio in the container has ended")
-        self._pieces.put_nowait(data)
+        self._waiting += len(data)
+        self._pieces.put(data)
 
     async def end(self) -> None:
         """There are no more bytes: decode what came.
@@ -77,7 +81,7 @@ class Container:
         """
         if not self._ended:
             self._ended = True
-            await asyncio.to_thread(self._pieces.put, None)
+            self._pieces.put(None)
         assert self._decoding is not None
         await self._decoding
 
@@ -86,16 +90,20 @@ class Container:
         with suppress(ContainerError):
             await self.end()
 
+    def _taken(self, size: int) -> None:
+        self._waiting -= size
+        self._room.set()
+
     # -- on the thread ------------------------------------------------------------------------
 
     def read(self, size: int) -> bytes:
         """For FFmpeg: up to ``size`` bytes, b"" at the end."""
         if not self._rest:
             piece = self._pieces.get()
-            self._loop.call_soon_threadsafe(self._room.set)
             if piece is None:
                 self._pieces.put(None)  # for the next call
                 return b""
+            self._loop.call_soon_threadsafe(self._taken, len(piece))
             self._rest = piece
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
@@ -106,7 +114,8 @@ class Container:
         from av.error import FFmpegError
 
         try:
-            with av.open(self, mode="r") as container:  # pyright: ignore[reportArgumentType]
+            allowed = {"format_whitelist": _FORMATS}
+            with av.open(self, mode="r", options=allowed) as container:  # pyright: ignore[reportArgumentType]
                 if not container.streams.audio:
                     raise ContainerError("expected a container with an audio stream")
                 resampler = AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)

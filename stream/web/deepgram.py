@@ -194,8 +194,7 @@ class _Conversation:
                         await container.feed(message)
                     else:
                         for call in self.calls:
-                            assert call.ear is not None
-                            await call.line.put(call.ear.hear(message), call.ear.position)
+                            await call.hear(message)
                     continue
                 match command(message).get("type"):
                     case "KeepAlive":
@@ -386,6 +385,6 @@ def _number(query: Mapping[str, str], key: str, default: int, least: int, most: 
     text = query.get(key)
     if text is None and default:
         return default
-    if text is None or not text.isdigit() or not least <= int(text[:12]) <= most:
+    if text is None or not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise ValueError(f"{key}: expected {least} to {most}, got {(text or 'nothing')[:20]!r}")
     return int(text)

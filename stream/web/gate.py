@@ -160,6 +160,7 @@ class Guard:
         open_paths: Served without a token.
         plain_paths: WebSockets that are refused by an HTTP status, as their clients expect; others
             are accepted and closed, because a browser's script sees nothing but the close code.
+        probe_paths: Served when all places are taken, too: a crowd is no reason to restart us.
     """
 
     def __init__(
@@ -168,9 +169,11 @@ class Guard:
         gate: Gate,
         open_paths: Collection[str] = (),
         plain_paths: Collection[str] = (),
+        probe_paths: Collection[str] = (),
     ) -> None:
         self._app, self._gate = app, gate
         self._open, self._plain = frozenset(open_paths), frozenset(plain_paths)
+        self._probes = frozenset(probe_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, or a refusal (ASGI)."""
@@ -185,7 +188,7 @@ class Guard:
             ip = address(connection)
             CALLER.set(ip)
             with self._gate.place(ip) as free:
-                if free:
+                if free or path in self._probes:
                     await self._app(scope, receive, send)
                     return
             refusal = _CROWDED

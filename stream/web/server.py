@@ -35,7 +35,13 @@ GRACE_S: Final = 3
 PING_S: Final = 20.0
 """How often a WebSocket's client is asked whether it is there, and how long it may take to say."""
 
-OPEN_PATHS: Final = frozenset({"/", "/livez", "/readyz", "/v1/login", "/v1/twilio"})
+UNREAD: Final = 1 << 20
+"""Bytes that may wait for a WebSocket's client: more than its largest message and what is on the
+way. Endpoints wait while it does not read; only the answers to its pings go on growing."""
+
+PROBES: Final = frozenset({"/livez", "/readyz"})
+
+OPEN_PATHS: Final = PROBES | {"/", "/v1/login", "/v1/twilio"}
 """Served without a token: the page that asks for it, what a supervisor asks, and what asks for
 its token later."""
 
@@ -69,7 +75,9 @@ def application(settings: ServerSettings, desk: Desk, calls: Calls) -> Starlette
         WebSocketRoute("/v1/listen", listen.websocket),
         WebSocketRoute("/v1/twilio", twilio.websocket),
     ]
-    guard = Middleware(Guard, gate=gate, open_paths=OPEN_PATHS, plain_paths={"/v1/listen"})
+    guard = Middleware(
+        Guard, gate=gate, open_paths=OPEN_PATHS, plain_paths={"/v1/listen"}, probe_paths=PROBES
+    )
     return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), guard])
 
 
@@ -94,8 +102,9 @@ async def serve(
             desk,
             limit=settings.max_streams,
             limit_each=settings.max_streams_per_ip,
-            resume_s=desk.resume_s,
+            resume_s=lambda: desk.resume_s,
             buffer_ms=settings.buffer_ms,
+            names=lambda: desk.names,
         )
         config = uvicorn.Config(
             await asyncio.to_thread(application, settings, desk, calls),
@@ -106,8 +115,9 @@ async def serve(
             ws_per_message_deflate=False,
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
-            # Its own count, of connections that ask for nothing too, holds the one that asks.
-            limit_concurrency=settings.max_connections + 1,
+            # Its own count, of connections that ask for nothing too, holds the one that asks; a
+            # few more, for the probes.
+            limit_concurrency=settings.max_connections + 8,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=16_384,
@@ -219,17 +229,33 @@ class Patient(WebSocketsSansIOProtocol):
 
     Their answer to a ping comes behind their audio: while audio comes, they are there. When the
     server goes, their endpoint tells them the rest and hangs up; uvicorn would do so before it has.
+    Who asks and never reads the answers is cut off, and so is who does not read the last of them.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Nothing has come yet."""
         super().connection_made(transport)
         self._came = 0.0
+        self._cut: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         """Note when."""
         self._came = self.loop.time()
         super().data_received(data)
+        if self.transport.get_write_buffer_size() > UNREAD:
+            self.transport.abort()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """The endpoint is done: what it has written must go within `close_timeout`."""
+        super().on_task_complete(task)
+        if not self.disconnected:
+            self._cut = self.loop.call_later(self.close_timeout, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        if self._cut is not None:
+            self._cut.cancel()
+        super().connection_lost(exc)
 
     def keepalive_timeout(self) -> None:
         """Cut off who is silent, and wait for who is not."""

@@ -15,7 +15,6 @@ from typing import Any, Final
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from stream.calls import Call, Calls, Form
-from stream.clock import SAMPLE_RATE
 from stream.engine import EngineFull
 from stream.server import ServerSettings
 from stream.sources.source import SourceError
@@ -34,6 +33,10 @@ LONGEST_MS: Final = 86_400_000
 """A timestamp this much ahead is no loss but nonsense."""
 
 _TIMESTAMP: Final = re.compile(r"-1|[0-9]{1,12}")
+
+_TRACKS: Final = ("inbound", "outbound")
+
+_SID: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f/\ud800-\udfff]{1,64}")
 
 
 class Twilio:
@@ -77,10 +80,10 @@ class Twilio:
     async def _hear(self, wire: Wire, tracks: "dict[str, _Track]") -> None:
         """The stream from its start message to its end; its calls are put in ``tracks``."""
         start = await self._start(wire)
-        sid = str(start.get("callSid") or start.get("streamSid") or "call")[:64]
+        sid = _sid(start)
         for name in _tracks(start):
             call = await self._calls.open(
-                f"{sid}-{name}".replace("/", "_"),
+                f"{sid}-{name}",
                 f"twilio:{sid}",
                 Form("mulaw", RATE),
                 resumable=False,
@@ -90,40 +93,47 @@ class Twilio:
             pass
 
     async def _start(self, wire: Wire) -> dict[str, Any]:
-        while True:
-            message = await wire.receive(START_S)
-            if message is None:
-                raise WebSocketDisconnect
-            if isinstance(message, bytes):
-                raise Hangup(INVALID, "expected JSON messages, got a binary one")
-            said = command(message)
-            if said.get("event") == "connected":
-                continue
-            start = said.get("start")
-            if said.get("event") != "start" or not isinstance(start, dict):
-                raise Hangup(INVALID, f"event: expected start, got {str(said.get('event'))[:20]!r}")
-            custom = start.get("customParameters")
-            token = custom.get("token") if isinstance(custom, dict) else None
-            if self._gate.guarded and not self._gate.knows(str(token or "")):
-                raise Hangup(POLICY, "expected the custom parameter token")
-            form = start.get("mediaFormat", {})
-            known = {"encoding": "audio/x-mulaw", "sampleRate": RATE, "channels": 1}
-            if isinstance(form, dict) and any(form.get(k, v) != v for k, v in known.items()):
-                raise Hangup(INVALID, f"mediaFormat: expected {known}")
-            return start
+        """What the start message says, of a caller that may come in."""
+        try:
+            async with asyncio.timeout(START_S):
+                said = await _message(wire)
+                while said is not None and said.get("event") == "connected":
+                    said = await _message(wire)
+        except TimeoutError:
+            raise Hangup(POLICY, f"no start message came within {START_S:g} s") from None
+        if said is None:
+            raise WebSocketDisconnect
+        if said.get("event") != "start":
+            raise Hangup(INVALID, f"event: expected start, got {_shown(said.get('event'))}")
+        start = _object(said, "start")
+        token = _object(start, "customParameters", {}).get("token")
+        if self._gate.guarded and not (isinstance(token, str) and self._gate.knows(token)):
+            raise Hangup(POLICY, "expected the custom parameter token")
+        form = _object(start, "mediaFormat", {})
+        known = {"encoding": "audio/x-mulaw", "sampleRate": RATE, "channels": 1}
+        if any(form.get(k, v) != v for k, v in known.items()):
+            raise Hangup(INVALID, f"mediaFormat: expected {known}")
+        return start
+
+
+async def _message(wire: Wire) -> dict[str, Any] | None:
+    """The next message; None when the client has gone."""
+    message = await wire.receive()
+    if message is None:
+        return None
+    if isinstance(message, bytes):
+        raise Hangup(INVALID, "expected JSON messages, got a binary one")
+    return command(message)
 
 
 async def _heard(wire: Wire, tracks: "dict[str, _Track]") -> bool:
     """One message; whether more come."""
-    message = await wire.receive()
-    if message is None:
+    said = await _message(wire)
+    if said is None:
         return False
-    if isinstance(message, bytes):
-        raise Hangup(INVALID, "expected JSON messages, got a binary one")
-    said = command(message)
     event = said.get("event")
     if event == "media":
-        name, payload, timestamp = _media(said.get("media"))
+        name, payload, timestamp = _media(_object(said, "media"))
         track = tracks.get(name)
         if track is None:
             raise Hangup(INVALID, f"media.track: {name[:20]!r} was not announced")
@@ -131,25 +141,52 @@ async def _heard(wire: Wire, tracks: "dict[str, _Track]") -> bool:
     return event != "stop"  # a mark, dtmf: nothing to hear
 
 
+def _object(
+    message: dict[str, Any], key: str, default: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An object within a message."""
+    value = message.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, dict):
+        raise Hangup(INVALID, f"{key}: expected an object")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value of a message for a reason: of what nests deeply no text can be made."""
+    return repr(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _sid(start: dict[str, Any]) -> str:
+    """The name of the call, fit for events and for files."""
+    given = (start.get(key) for key in ("callSid", "streamSid"))
+    sid = next((each for each in given if each not in (None, "")), "call")
+    if not isinstance(sid, str) or not _SID.fullmatch(sid):
+        what = "up to 64 characters without '/', controls and surrogates"
+        raise Hangup(INVALID, f"start.callSid: expected {what}")
+    return sid
+
+
 def _tracks(start: dict[str, Any]) -> list[str]:
-    names = start.get("tracks", ["inbound"])
-    if not isinstance(names, list) or not set(names) <= {"inbound", "outbound"}:
-        raise Hangup(INVALID, f"start.tracks: got {str(names)[:40]}")
+    names: Any = start.get("tracks", ["inbound"])
+    if not isinstance(names, list) or any(name not in _TRACKS for name in names):
+        raise Hangup(INVALID, f"start.tracks: expected of {', '.join(_TRACKS)}")
     return list(dict.fromkeys(names))
 
 
-def _media(media: Any) -> tuple[str, bytes, int]:
+def _media(media: dict[str, Any]) -> tuple[str, bytes, int]:
     """A media message's part → track, audio, and its timestamp in ms or −1."""
-    if not isinstance(media, dict):
-        raise Hangup(INVALID, "media: expected an object")
-    told = str(media.get("timestamp", -1))
+    track, told = media.get("track", "inbound"), media.get("timestamp", -1)
+    if not isinstance(track, str):
+        raise Hangup(INVALID, f"media.track: expected a name, got {_shown(track)}")
+    if not isinstance(told, str | int) or not _TIMESTAMP.fullmatch(str(told)):
+        raise Hangup(INVALID, f"media.timestamp: expected ms, got {_shown(told)}")
     try:
-        payload = base64.b64decode(str(media.get("payload", "")), validate=True)
-    except (binascii.Error, ValueError):
+        payload = base64.b64decode(media["payload"], validate=True)
+    except (binascii.Error, ValueError, TypeError, KeyError):
         raise Hangup(INVALID, "media.payload: expected base64") from None
-    if not _TIMESTAMP.fullmatch(told):
-        raise Hangup(INVALID, f"media.timestamp: expected ms, got {told[:20]!r}")
-    return str(media.get("track", "inbound")), payload, int(told)
+    return track, payload, int(told)
 
 
 class _Track:
@@ -170,6 +207,5 @@ class _Track:
             if ahead_ms > LONGEST_MS:
                 raise Hangup(INVALID, f"media.timestamp: {ahead_ms} ms ahead of the audio")
             if ahead_ms > SLACK_MS:
-                self.call.line.lose(ahead_ms * SAMPLE_RATE // 1000, "network")
-                ear.reconnect(ear.taken + ahead_ms * RATE // 1000)
-        await self.call.line.put(ear.hear(payload), ear.position)
+                self.call.go_on(ear.taken + ahead_ms * RATE // 1000)
+        await self.call.hear(payload)

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import json
 import shutil
 import socket
 import struct
@@ -19,13 +20,17 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from structlog.testing import CapturingLogger
 
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
 from stream.daemon import run
+from stream.sources.line import Line
 from stream.sources.media import MediaSource
-from stream.sources.rtp import Damaged, Heard, Jitter, Lost, Packet, RtpSource, decoder
+from stream.sources.rtp import Damaged, Heard, Jitter, Lost, Packet, RtpSource, _Port, decoder
 from stream.sources.source import SourceError
+from stream.sources.wyoming_server import WyomingSource
+from tests.sinks.samples import Talk
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, free_port, pcm, until
 from tests.stream.test_daemon import collected, config
@@ -340,9 +345,9 @@ class TestMedia:
         assert MediaSource(url="rtsp://u:hush@cam/x?t=hush").name == "av:rtsp://cam/x"
 
 
-def packet(number, payload, *, ssrc=7, first=1000, seq=65_530, length=160):
+def packet(number, payload, *, ssrc=7, first=1000, seq=65_530, length=160, kind=0):
     timestamp = (first + number * length) & 0xFFFFFFFF
-    return struct.pack("!BBHII", 0x80, 0, (seq + number) & 0xFFFF, timestamp, ssrc) + payload
+    return struct.pack("!BBHII", 0x80, kind, (seq + number) & 0xFFFF, timestamp, ssrc) + payload
 
 
 def linear(frames, step=960):
@@ -420,10 +425,126 @@ class TestJitter:
         assert jitter.push(other, 160, 2.5) == [Lost(20_000), Heard(b"b" * 160)]
         assert jitter.counts == {"foreign": 1}
 
+    @staticmethod
+    def arrive(jitter, number, now, payload=b"a" * 160, **keys):
+        """A packet that arrives → what is told, or None if it is no audio."""
+        parsed = Packet.parse(packet(number, payload, **keys))
+        return jitter.push(parsed, len(payload), now) if jitter.takes(parsed, now) else None
+
+    def test_noise_that_comes_first_is_not_taken_for_the_audio(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        assert self.arrive(jitter, 0, 0.0, b"n", kind=13) is None
+        assert self.arrive(jitter, 5, 0.1) == [Heard(b"a" * 160)]
+
+    def test_a_sender_of_noise_keeps_the_port_and_what_it_sends_fills_no_time(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        self.arrive(jitter, 0, 0.0)
+        for number in range(50, 250, 50):
+            assert self.arrive(jitter, number, number / 50, b"n", kind=13) is None
+            assert self.arrive(jitter, 0, number / 50 + 0.5, ssrc=8) == []
+        assert jitter.counts == {"other": 4, "foreign": 4}
+        # It is silent for long enough at last; the time is that since its audio.
+        assert self.arrive(jitter, 0, 6.5, ssrc=8) == [Lost(52_000), Heard(b"a" * 160)]
+
+    def test_another_stream_may_have_another_payload_type(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        self.arrive(jitter, 0, 0.0)
+        told = self.arrive(jitter, 0, 3.0, b"b" * 160, kind=96, ssrc=8)
+        assert told == [Lost(24_000), Heard(b"b" * 160)]
+        assert self.arrive(jitter, 1, 3.0, kind=0, ssrc=8) is None
+        told = self.arrive(jitter, 1, 3.0, b"b" * 160, kind=96, ssrc=8)
+        assert told == [Heard(b"b" * 160)]
+
+    def test_a_key_press_that_came_first_makes_nobody_deaf_for_ever(self):
+        jitter = Jitter(8000, depth_s=0.1)
+        self.arrive(jitter, 0, 0.0, b"keys", kind=101)
+        told = [self.arrive(jitter, number, number * 0.02) for number in range(1, 601)]
+        assert told[:499] == [None] * 499
+        assert told[499] == []  # it waits for what is missing before it
+        heard = [each for some in told[499:] for each in some]
+        assert heard == [Lost(500 * 160 - 4), *[Heard(b"a" * 160)] * 101]
+
     @given(st.binary(max_size=64))
     def test_any_datagram_is_parsed_or_refused(self, data):
         parsed = Packet.parse(data)
         assert parsed is None or len(parsed.payload) <= len(data)
+
+
+class TestPayloadTypes:
+    @staticmethod
+    async def heard(datagrams):
+        """What a port that waits for nothing makes of them → samples, (where, how many lost)."""
+        source, line = RtpSource(port=0, payload="mulaw", jitter_ms=0), Line("x")
+        port = _Port(source, [line], decoder(source))
+        for datagram in datagrams:
+            port.datagram_received(datagram, None)
+        line.end()
+        at, samples, losses = 0, [], []
+        async with line.open() as blocks:
+            async for block in blocks:
+                if block.lost:
+                    losses.append((at, block.lost))
+                samples.append(block.samples)
+                at += block.lost + len(block.samples)
+        return np.concatenate(samples), losses
+
+    @pytest.fixture
+    def spoken(self):
+        """A second of audio, 20 ms a packet."""
+        codes = np.random.default_rng(0).integers(0, 256, (50, 160), np.uint8)
+        return [packet(number, codes[number].tobytes()) for number in range(50)]
+
+    async def test_key_presses_beside_the_audio_are_not_heard(self, spoken, monkeypatch):
+        sent = []
+        for number, datagram in enumerate(spoken):
+            if 10 <= number < 20:  # an event's packets all have the time of its beginning
+                event = bytes([5, 10, *struct.pack("!H", (number - 9) * 160)])
+                sent.append(packet(10, event, kind=101))
+            sent.append(datagram)
+        log = CapturingLogger()
+        monkeypatch.setattr("stream.sources.rtp.log", log)
+        samples, losses = await self.heard(sent)
+        expected, _ = await self.heard(spoken)
+        assert losses == []
+        assert np.array_equal(samples, expected)
+        assert [(call.args[0], call.kwargs["payload_type"]) for call in log.calls] == [
+            ("ignored", 101)
+        ]
+
+    async def test_comfort_noise_between_the_audio_is_a_loss_of_what_it_stands_for(self, spoken):
+        silent = {*range(20, 30), 35}
+        sent = [
+            packet(number, b"\x40", kind=13) if number in {20, 25, 35} else datagram
+            for number, datagram in enumerate(spoken)
+            if number in {20, 25, 35} or number not in silent
+        ]
+        samples, losses = await self.heard(sent)
+        expected, _ = await self.heard(
+            [datagram for number, datagram in enumerate(spoken) if number not in silent]
+        )
+        assert losses == [(20 * 320, 10 * 320), (35 * 320, 320)]
+        assert np.array_equal(samples, expected)
+
+    async def test_noise_does_not_hide_that_the_audio_has_stopped(self, spoken):
+        """What was heard before must not wait for the end of a silence that noise fills."""
+        source = RtpSource(port=free_port(), payload="mulaw", hang_ms=100)
+
+        async def send():
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(spoken[0], ("127.0.0.1", source.port))
+                for number in range(1, 10_000):
+                    noise = packet(number, b"\x40", kind=13)
+                    sender.sendto(noise, ("127.0.0.1", source.port))
+                    await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(20), source.open() as blocks:
+            sending = asyncio.create_task(send())
+            told = [await anext(blocks), await anext(blocks)]
+            sending.cancel()
+        assert [(len(block.samples), block.reason) for block in told] == [
+            (320, None),
+            (0, "network"),
+        ]
 
 
 class TestRtp:
@@ -625,6 +746,32 @@ class TestRtp:
                     pass
 
 
+def shrink(sock, buffer):
+    sock.setsockopt(socket.SOL_SOCKET, buffer, 4096)
+
+
+def ping(size):
+    """A message of Wyoming that is answered by one as long."""
+    return json.dumps({"type": "ping", "data": {"text": "x" * size}}).encode() + b"\n"
+
+
+class Talker:
+    """An intake whose session has much to say, and ends with its audio."""
+
+    def __init__(self):
+        self.stop, self.ready, self.over = asyncio.Event(), asyncio.Event(), False
+
+    def listening(self, name):
+        self.ready.set()
+
+    async def stream(self, name, source, *, tap):
+        tap(Talk().said("word " * 30_000, "S1", 0.0, 1.0))
+        async with source.open() as blocks:
+            async for _ in blocks:
+                pass
+        self.over = True
+
+
 class TestWyoming:
     @pytest.fixture(autouse=True)
     def quiet(self):
@@ -733,17 +880,138 @@ class TestWyoming:
             await first.disconnect()
             await second.disconnect()
 
-    async def test_nonsense_is_hung_up_on(self, checkpoint):
+    NONSENSE = (
+        b"no json\n",
+        b"[1]\n",
+        b"5\n",
+        b"{}\n",
+        b"[" * 200_000 + b"\n",
+        b" " * (1 << 20) + b"\n",
+        b'{"type": "transcribe", "data": [1]}\n',
+        b'{"type": "transcribe", "data": {"language": [1]}}\n',
+        b'{"type": "transcribe", "data_length": 3}\n[1]',
+        b'{"type": "transcribe", "data_length": "3"}\n{}',
+        b'{"type": "ping", "data": {"text": "\\ud800"}}\n',
+        b'{"type": "audio-start", "data": {"rate": 1}}\n',
+        b'{"type": "audio-start", "data": {"rate": Infinity, "width": 2, "channels": 1}}\n',
+        b'{"type": "audio-start", "data": {"rate": [1], "width": 2, "channels": 1}}\n',
+        b'{"type": "audio-chunk", "payload_length": 999999999}\n',
+        b'{"type": "audio-chunk", "payload_length": Infinity}\n',
+    )
+
+    @pytest.fixture
+    def log(self, monkeypatch):
+        """What is logged of the port and its clients."""
+        log = CapturingLogger()
+        monkeypatch.setattr("stream.sources.wyoming_server.log", log)
+        return log
+
+    async def test_nonsense_is_hung_up_on(self, checkpoint, log):
         async with self.listening(checkpoint, idle_s=0.3) as (port, events, _):
-            for message in (
-                b"no json\n",
-                b'{"type": "audio-start", "data": {"rate": 1}}\n',
-                b'{"type": "audio-chunk", "payload_length": 999999999}\n',
-                b"",
-            ):
+            for message, line in [*((each, "refused") for each in self.NONSENSE), (b"", "closed")]:
+                log.calls.clear()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(message)
-                async with asyncio.timeout(10):
-                    assert await reader.read() == b""
+                with suppress(ConnectionError):  # what was not read is thrown away
+                    async with asyncio.timeout(10):
+                        assert await reader.read() == b""
                 writer.close()
+                assert [call.args[0] for call in log.calls] == [line], message[:80]
         assert events == []
+
+    async def test_nonsense_in_an_utterance_ends_it_with_what_was_heard(self, checkpoint, log):
+        from wyoming.audio import AudioChunk, AudioStart, AudioStop
+        from wyoming.client import AsyncTcpClient
+
+        start = AudioStart(rate=16_000, width=2, channels=1).event()
+        speech = AudioChunk(16_000, 2, 1, pcm(speechlike(3 * SAMPLE_RATE, seed=5))).event()
+        told = []
+        async with self.listening(checkpoint) as (port, events, _):
+            for last in (None, *self.NONSENSE[:5]):
+                events.clear()
+                log.calls.clear()
+                client = AsyncTcpClient("127.0.0.1", port)
+                await client.connect()
+                await client.write_event(start)
+                await client.write_event(speech)
+                if last is None:
+                    await client.write_event(AudioStop().event())
+                else:
+                    client._writer.write(last)
+                async with asyncio.timeout(20):
+                    await until(lambda: bool(events) and events[-1].type == "session.closed")
+                    if last is not None:
+                        while await client.read_event() is not None:
+                            pass
+                        assert [call.args[0] for call in log.calls] == ["refused"]
+                await client.disconnect()
+                told.append(finals([event.model_dump(mode="json") for event in events]))
+        assert all(each == told[0] for each in told)
+
+    @pytest.fixture
+    def writers(self, monkeypatch):
+        """Of the connections a port takes; what a client does not read soon stays in them."""
+        found, start = [], asyncio.start_server
+
+        async def started(take, *args, **keys):
+            async def taken(reader, writer):
+                shrink(writer.get_extra_info("socket"), socket.SO_SNDBUF)
+                found.append(writer)
+                await take(reader, writer)
+
+            return await start(taken, *args, **keys)
+
+        monkeypatch.setattr(asyncio, "start_server", started)
+        return found
+
+    @staticmethod
+    @asynccontextmanager
+    async def unread(message):
+        """A client that says something and reads nothing → the intake, the port's serving."""
+        intake, port = Talker(), free_port()
+        serving = asyncio.create_task(WyomingSource(port=port).serve("ha", intake))
+        with socket.socket() as client:
+            shrink(client, socket.SO_RCVBUF)
+            client.setblocking(False)
+            async with asyncio.timeout(20):
+                await intake.ready.wait()
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, ("127.0.0.1", port))
+                await loop.sock_sendall(client, message)
+                yield intake, serving
+                intake.stop.set()
+                await serving
+
+    async def test_a_client_that_does_not_read_is_hung_up_on(self, writers, log, monkeypatch):
+        monkeypatch.setattr("stream.sources.wyoming_server.WRITE_S", 0.05)
+        async with self.unread(ping(1_000_000)):
+            await until(lambda: bool(writers) and writers[0].is_closing())
+        assert [call.kwargs.get("why") for call in log.calls] == [None, "reads too slowly"]
+
+    @pytest.mark.parametrize(
+        ("message", "closing"),
+        [(ping(1_000_000), False), (ping(60_000) + b"no json\n", True)],
+        ids=["being told", "being hung up on"],
+    )
+    async def test_a_client_that_does_not_read_holds_up_no_stop(
+        self, writers, log, monkeypatch, message, closing
+    ):
+        monkeypatch.setattr("stream.sources.wyoming_server.WRITE_S", 3600)
+        async with self.unread(message) as (intake, serving):
+            await until(
+                lambda: (
+                    bool(writers)
+                    and writers[0].is_closing() == closing
+                    and writers[0].transport.get_write_buffer_size() > 20_000
+                )
+            )
+            intake.stop.set()
+            await serving
+
+    async def test_a_client_that_does_not_read_what_it_said_ends_its_utterance(
+        self, writers, log, monkeypatch
+    ):
+        monkeypatch.setattr("stream.sources.wyoming_server.WRITE_S", 0.05)
+        start = b'{"type": "audio-start", "data": {"rate": 16000, "width": 2, "channels": 1}}\n'
+        async with self.unread(start) as (intake, _):
+            await until(lambda: intake.over)

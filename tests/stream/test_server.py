@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket as socketlib
+import threading
 from collections import defaultdict
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from stream.config import ConfigError
 from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
+from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder
 from stream.web import exports
+from stream.web.containers import Container, ContainerError
 from stream.web.deepgram import _Conversation
 from stream.web.server import Patient, serve
 from tests.sinks.samples import Talk
@@ -247,6 +250,46 @@ class TestAudio:
         assert "expected audio in Ogg or WebM" in reason
 
     @pytest.mark.parametrize(
+        "begin",
+        [
+            b"ffconcat version 1.0\nfile 'stream/demo/meeting.flac'\n",
+            b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+            b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nstream/demo/meeting.flac\n",
+        ],
+    )
+    async def test_a_container_names_no_file_or_address_to_open(self, checkpoint, begin):
+        pytest.importorskip("av")
+        async with serving(checkpoint, **QUIET) as house:
+            message = '{"type": "close"}'
+            code, reason = await closing(house, "/v1/audio?encoding=opus", begin, message)
+        assert code == 1007
+        assert "expected audio in Ogg or WebM" in reason
+        assert house.events[-1].totals["audio_s"] == 0
+
+    async def test_pieces_that_nobody_decodes_hold_up_no_thread(self, monkeypatch):
+        pytest.importorskip("av")
+        go = threading.Event()
+
+        def gives_up(_):
+            go.wait()
+            raise ContainerError("made up")
+
+        monkeypatch.setattr(Container, "_decode", gives_up)
+        container = await Container.open(Line("x"))
+        for _ in range(1000):
+            await container.feed(b"x")
+        full = asyncio.create_task(container.feed(bytes(2 << 20)))
+        waiting = asyncio.create_task(container.feed(b"x"))
+        await asyncio.sleep(0)
+        assert full.done()
+        assert not waiting.done()
+        go.set()
+        async with asyncio.timeout(30):
+            with pytest.raises(ContainerError, match="made up"):
+                await waiting
+            await container.close()
+
+    @pytest.mark.parametrize(
         ("query", "expected"),
         [
             ("encoding=mp3", "encoding: expected s16le, f32le, mulaw or opus, got 'mp3'"),
@@ -279,6 +322,7 @@ class Desk:
     feed: Feed = field(default_factory=Feed)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     resume_s: float = 0.0
+    names: frozenset[str] = frozenset()
 
     async def drained(self):
         """No other streams."""
@@ -716,6 +760,7 @@ class TestDeepgram:
             ("encoding=amr-nb", "encoding: expected linear16, linear32, mulaw, opus"),
             ("encoding=linear16", "sample_rate: expected 1000 to 768000, got 'nothing'"),
             ("encoding=linear16&sample_rate=16000&channels=99", "channels: expected 1 to 16"),
+            ("channels=000000000002000000&encoding=mulaw", "channels: expected 1 to 16, got"),
         ],
     )
     async def test_what_is_wrong_with_a_query_is_said(self, checkpoint, query, expected):
@@ -935,6 +980,50 @@ class TestLimits:
             code, reason = await closing(house, "/v1/audio", *['{"type": "keepalive"}'] * 200)
         assert (code, reason) == (1008, "too many messages; send 20 ms of audio or more in each")
 
+    async def test_who_asks_and_never_reads_the_answer_is_cut_off(self, checkpoint):
+        ping = bytes([0x89, 0x80 | 125]) + bytes(4 + 125)  # RFC 6455, 5.5.2; masked by zeros
+        upgrade = (
+            "GET /v1/twilio HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        async with serving(checkpoint) as house, asyncio.timeout(60):
+            client = socketlib.socket()
+            client.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", house.port))
+            reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+            writer.write(upgrade.encode())
+            assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+            sent = 0
+            with suppress(ConnectionError):
+                while sent < 64 << 20:
+                    writer.write(ping * 500)
+                    await writer.drain()
+                    sent += 500 * len(ping)
+            writer.close()
+        assert sent < 64 << 20
+
+    def test_who_does_not_read_the_last_is_cut_off(self, monkeypatch):
+        for name in ("on_task_complete", "connection_lost"):
+            monkeypatch.setattr(WebSocketsSansIOProtocol, name, lambda *_: None)
+        timers = []
+
+        def call_later(delay, call):
+            timers.append(SimpleNamespace(delay=delay, call=call, cancelled=False))
+            timers[-1].cancel = lambda: setattr(timers[-1], "cancelled", True)
+            return timers[-1]
+
+        wire = Patient.__new__(Patient)
+        wire.loop, wire.close_timeout = SimpleNamespace(call_later=call_later), 10.0
+        wire.transport, wire.disconnected = SimpleNamespace(abort=print), False
+        wire._cut = None
+        wire.on_task_complete(None)
+        (timer,) = timers
+        assert (timer.delay, timer.call, timer.cancelled) == (10.0, print, False)
+        wire.connection_lost(None)
+        assert timer.cancelled
+
     async def test_a_silent_connection_is_closed(self, checkpoint):
         async with serving(checkpoint, {"idle_s": 0.1}) as house:
             code, reason = await closing(house, "/v1/audio")
@@ -950,8 +1039,9 @@ class TestLimits:
                     code, reason = await closing(house, "/v1/events")
                     with pytest.raises(InvalidStatus) as refused:
                         await closing(house, "/v1/listen")
-                    assert (await http.get("/livez")).status_code == 503
-                while (await http.get("/livez")).status_code != 200:
+                    assert (await http.get("/v1/status")).status_code == 503
+                    assert (await http.get("/livez")).status_code == 200
+                while (await http.get("/v1/status")).status_code != 200:
                     pass  # until the server has seen it go
         assert (code, reason) == (1013, "too many connections; try again later")
         assert refused.value.response.status_code == 503

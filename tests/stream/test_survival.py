@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosedError
 
 from benchmarks.daemon import Daemon
 from sinks.events import dump
+from stream import daemon
 from stream.clock import SAMPLE_RATE
 from stream.survival import AHEAD, Lobby, Survival, SurvivalError, Survivor
 from stream.web.wire import Wire
@@ -268,6 +269,98 @@ async def test_a_resume_that_was_refused_may_be_tried_again(checkpoint, speech, 
     assert ready["session_id"] == events[0]["session_id"]
 
 
+async def test_a_newcomer_does_not_take_the_name_of_who_may_come_back(checkpoint, speech, tmp_path):
+    data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    events, token, _ = await cut_off(checkpoint, data, keys)
+    async with serving(checkpoint, **keys) as house:
+        async with house.connect("/v1/audio?name=desk") as newcomer:
+            await newcomer.recv()
+            opened = json.loads(await newcomer.recv())
+            _, later = await go_on(house, data, token, events[-1]["seq"])
+            await newcomer.send('{"type": "close"}')
+            own = [json.loads(message) async for message in newcomer]
+    assert opened["stream_id"] == "desk-1"
+    assert {event["stream_id"] for event in later} == {"desk"}
+    assert later[-1]["type"] == own[-1]["type"] == "session.closed"
+
+
+async def test_who_has_said_all_is_told_that_the_end_of_it_was_not_heard(
+    checkpoint, speech, tmp_path, monkeypatch
+):
+    data, keys = pcm(speech), {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    taken = daemon.House._take_in
+
+    async def held_up(house, live, block):
+        if live.session.received > 2 * SAMPLE_RATE:
+            await house.stop.wait()
+        await taken(house, live, block)
+
+    async with serving(checkpoint, session=QUIET) as house:
+        whole = await talk(house, speech)
+    monkeypatch.setattr(daemon.House, "_take_in", held_up)
+    async with serving(checkpoint, **keys) as house, house.connect("/v1/audio") as socket:
+        token = json.loads(await socket.recv())["resume_token"]
+        for at in range(0, len(data), 3200):
+            await socket.send(data[at : at + 3200])
+        await socket.send('{"type": "close"}')
+        events = [json.loads(await socket.recv())]
+        await until(lambda: house.events[-1].end > 1.0)
+        house.stop.set()
+        with contextlib.suppress(ConnectionClosedError):
+            while True:
+                events.append(json.loads(await socket.recv()))
+        assert (socket.close_code, socket.close_reason) == (1012, "the daemon is stopping; resume")
+    monkeypatch.undo()
+    async with serving(checkpoint, **keys) as house:
+        _, later = await go_on(house, data, token, events[-1]["seq"])
+    assert finals(events + later) == finals(whole)
+
+
+async def test_the_form_of_the_audio_is_kept_and_another_refused(checkpoint, speech, tmp_path):
+    keys = {"session": {**QUIET, "state": tmp_path / "state.db"}}
+    data = (speech * 0.9).astype("<f4").tobytes()
+    query = "encoding=f32le&rate=16000&name=desk"
+    async with serving(checkpoint, **keys) as house:
+        whole = await talk_in(house, query, data)
+        async with house.connect(f"/v1/audio?{query}") as socket:
+            token = json.loads(await socket.recv())["resume_token"]
+            await socket.send(data[: 4 * 30_001 + 2])
+            events = [json.loads(await socket.recv()) for _ in range(3)]
+            socket.transport.abort()
+        for stated in ("encoding=s16le", "encoding=f32le&rate=8000", "channels=2&channel=1"):
+            async with house.connect(f"/v1/audio?resume={token}&{stated}") as socket:
+                with contextlib.suppress(ConnectionClosedError):
+                    await socket.recv()
+                assert socket.close_code == 1003
+                assert "as it was: encoding=f32le&rate=16000&channels=1" in socket.close_reason
+        await until(lambda: house.events[-1].end > 1.0)
+    async with serving(checkpoint, **keys) as house:
+        for wrong, reason in (
+            ("encoding=mulaw", "resume: expected the audio's form as it was"),
+            ("have=999999999999999", "have: expected at most a day after"),
+        ):
+            async with house.connect(f"/v1/audio?resume={token}&{wrong}") as socket:
+                with contextlib.suppress(ConnectionClosedError):
+                    await socket.recv()
+                assert socket.close_code == 1003
+                assert reason in socket.close_reason
+        async with house.connect(f"/v1/audio?resume={token}&after={events[-1]['seq']}") as socket:
+            ready = json.loads(await socket.recv())
+            await socket.send(data[ready["received"] * 4 :])
+            await socket.send('{"type": "close"}')
+            later = [json.loads(message) async for message in socket]
+    assert finals(events + later) == finals(whole)
+
+
+async def talk_in(house, query, data):
+    """Send all of the bytes → the session's events."""
+    async with house.connect(f"/v1/audio?{query}") as socket:
+        await socket.recv()
+        await socket.send(data)
+        await socket.send('{"type": "close"}')
+        return [json.loads(message) async for message in socket]
+
+
 async def test_who_does_not_come_back_has_a_session_that_is_closed_in_order(
     checkpoint, speech, tmp_path
 ):
@@ -296,6 +389,30 @@ async def test_a_changed_window_is_said_and_nothing_breaks(checkpoint, speech, t
                 await socket.recv()
             assert socket.close_code == 1013
             assert "cannot go on" in socket.close_reason
+    *_, error, closed = house.events
+    assert (error.type, error.code, closed.type) == ("error", "session.lost", "session.closed")
+    async with serving(checkpoint, **keys) as house:
+        await asyncio.sleep(0.05)
+    assert house.events == []  # it is closed for good
+
+
+async def test_a_source_whose_session_cannot_go_on_has_a_new_one(checkpoint, tmp_path):
+    keys = {
+        "session": {**QUIET, "state": tmp_path / "state.db"},
+        "sources": {"desk": {"kind": "rtp", "port": free_port()}},
+    }
+    said = []
+    for left_ms in (2000, 1000, 1000):
+        async with serving(checkpoint, engine={"left_ms": left_ms}, **keys) as house:
+            await until(lambda: any(e.type == "session.opened" for e in house.events[-1:]) or said)
+        said.append(house.events)
+    (opened,), (error, closed, anew), last = said
+    assert error.session_id == closed.session_id == opened.session_id
+    assert [error.seq, closed.seq] == [1, 2]
+    assert (error.code, closed.type) == ("session.lost", "session.closed")
+    assert anew.type == "session.opened"
+    assert anew.session_id != opened.session_id
+    assert {event.session_id for event in last} == {anew.session_id}  # the new one goes on
 
 
 async def test_a_disk_that_takes_nothing_holds_up_neither_audio_nor_names(
@@ -486,6 +603,20 @@ class TestFile:
             await survival.save(session)
         async with Survival.open(tmp_path / "state.db") as (_, (found,)):
             assert [event.message for event in found.said] == ["kept again"]
+
+    async def test_a_file_of_the_version_before_is_taken_over(self, tmp_path):
+        path = tmp_path / "state.db"
+        session = Survivor("s1", "desk", "t", "mic", True, 3, 4, 5.0, 6, b"x", form="rate=8000")
+        async with Survival.open(path) as (survival, _):
+            await survival.save(session)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.executescript("ALTER TABLE sessions DROP COLUMN form; PRAGMA user_version = 2")
+        async with Survival.open(path) as (_, found):
+            assert found == [replace(session, form="")]
+        async with Survival.open(path) as (survival, _):
+            await survival.save(session)
+        async with Survival.open(path) as (_, found):
+            assert found[0].form == "rate=8000"
 
     @pytest.mark.parametrize("content", [b"not a database at all" * 99, None])
     async def test_another_file_is_refused(self, tmp_path, content):
