@@ -422,6 +422,8 @@ def evaluate(
     latencies_s = _latencies(latency)
     if latencies_s and (chunk is not None or lookahead is not None):
         raise Usage("--latency chooses chunk and look-ahead; give it, or --chunk and --lookahead")
+    if json is not None and str(json) != "-":
+        _writable("json", json)
     # The configuration's own checks need a source; which one does not matter here.
     settings = _settings(config, checkpoint, chunk, lookahead, left, device, decoder=decoder)
     checked = parse({**settings, "sources": {"eval": {"kind": "stdin"}}}, where="livesat")
@@ -457,9 +459,9 @@ def evaluate(
     if json is not None and str(json) == "-":
         typer.echo(text)
         return
+    out.print(_score_table(results))
     if json is not None:
         json.write_text(text + "\n", encoding="utf-8")
-    out.print(_score_table(results))
 
 
 @app.command()
@@ -478,9 +480,8 @@ def enroll(
     """Teach a voice: from now on its speaker is called by name."""
     from getpass import getuser
 
+    from stream.config import parse
     from stream.enrolment import listen
-    from stream.inference import EngineSettings
-    from stream.log import LogSettings
     from stream.voiceprints import Voiceprints, expiry
 
     config = _daemons(config, voices)
@@ -488,10 +489,12 @@ def enroll(
     for clip in clips:
         if not clip.exists():
             raise Usage(f"{clip}: no such file")
-    LogSettings.model_validate(settings.get("log", {})).configure()
-    heard = asyncio.run(listen(EngineSettings.model_validate(settings["engine"]), clips))
+    # The configuration's own checks need a source; which one does not matter here.
+    checked = parse({**settings, "sources": {"enroll": {"kind": "stdin"}}}, where="livesat")
+    checked.log.configure()
+    heard = asyncio.run(listen(checked.engine, clips))
     expires = expiry(days)
-    with Voiceprints.open(_voices_path(settings.get("voiceprints"))) as store:
+    with Voiceprints.open(_voices_path(checked.voiceprints)) as store:
         for recording in heard.recordings:
             store.add(
                 name,
@@ -669,12 +672,21 @@ def _outputs(
                 raise Usage(f"--{kind} -: expected a file; only --jsonl can go to stdout")
             sinks["stdout"] = {"kind": "stdout", "format": "json", "partials": True}
             continue
-        if not path.parent.is_dir():
-            raise Usage(f"--{kind} {path}: no such folder: {path.parent}")
-        if path.is_dir():
-            raise Usage(f"--{kind} {path}: expected a file, got a folder")
+        _writable(kind, path)
         sinks[kind] = {"kind": kind, "path": path, "existing": "replace"}
     return sinks
+
+
+def _writable(option: str, path: Path) -> None:
+    """Looks where a file is to be written, before anything is computed for it.
+
+    Raises:
+        Usage: there is no such folder, or the file is one.
+    """
+    if not path.parent.is_dir():
+        raise Usage(f"--{option} {path}: no such folder: {path.parent}")
+    if path.is_dir():
+        raise Usage(f"--{option} {path}: expected a file, got a folder")
 
 
 def _settings(
@@ -843,7 +855,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # a second signal cancels
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
         from stream.log import complain

@@ -182,6 +182,15 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What PyYAML takes for a date or a number, and is none, is said with its place."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{error}; a text needs quotes", node.start_mark
+            ) from error
+
 
 _VARIABLE: Final = re.compile(r"\$(\$(?=\{)|\{(?P<name>[^}]*)\})")
 _HUSH: Final = re.compile(r"password|secret|token|header|credential|bearer")

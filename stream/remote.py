@@ -1,5 +1,6 @@
 """A running daemon, as another process of the same machine, or another machine, talks to it."""
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -84,7 +85,7 @@ class Daemon:
         except urllib.error.HTTPError as error:
             with error:
                 raise RemoteError(_reason(error)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise RemoteError(f"{self._url}: no daemon answers ({reason})") from error
 

@@ -1,5 +1,6 @@
 """The commands an operator types."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sinks.events import parse
+from stream import cli
 from tests.e2e.conftest import ROOT
 
 
@@ -67,10 +69,23 @@ def test_secrets_are_not_shown(tmp_path):
     assert hush not in shown.stdout
 
 
-def test_a_daemon_that_is_not_there_is_said():
-    result = livesat("name", "S1", "Anna", "--url", "http://127.0.0.1:9")
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:80a0"])
+def test_a_daemon_that_is_not_there_is_said(url):
+    result = livesat("name", "S1", "Anna", "--url", url)
     assert result.returncode == 1
-    assert "no daemon answers" in result.stderr
+    assert f"{url}: no daemon answers" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_second_signal_is_an_exit_code(monkeypatch, capsys):
+    def cancelled(**_):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(cli, "app", cancelled)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == cli.INTERRUPTED
+    assert capsys.readouterr().err == ""
 
 
 def test_voices_go_to_a_file_and_come_back(tmp_path):

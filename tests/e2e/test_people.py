@@ -67,6 +67,8 @@ def test_a_clip_of_silence_teaches_nothing(livesat, tone, tmp_path):
     clip = tone("silence.wav", np.zeros(3 * RATE))
     result = livesat("enroll", "Nobody", clip, "--voices", tmp_path / "voices.db")
     result.complains("silence.wav", "speech", "expected", code=1)
+    told = livesat("enroll", "Nobody", clip, "--device", "tpu", "--voices", tmp_path / "voices.db")
+    told.complains("engine.device", "tpu", code=2)
 
 
 def test_a_clip_that_is_not_there(livesat, tmp_path):
@@ -120,6 +122,8 @@ def test_scores_at_several_latencies(livesat, opening, tmp_path):
     assert soon["total"]["offline"] is not None
     assert late["total"]["offline"] is None
 
+    nowhere = livesat("eval", tmp_path, "--json", tmp_path / "missing" / "all.json")
+    nowhere.complains("no such folder", code=2)
     livesat("eval", tmp_path, "--latency", "0.3,x").complains("0.32,0.64,1.28", code=2)
     both = livesat("eval", tmp_path, "--latency", "0.32", "--chunk", "400")
     both.complains("--latency chooses chunk and look-ahead", code=2)

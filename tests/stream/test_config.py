@@ -134,6 +134,15 @@ SOURCES = "sources: {a: {kind: stdin}}\n"
             "FILE:2:1: not valid YAML: key 'sources' is given twice",
         ),
         (
+            SOURCES + "server: {token: 2024-13-45}\n",
+            "FILE:2:17: not valid YAML: month must be in 1..12; a text needs quotes",
+        ),
+        (
+            SOURCES + "engine: {threads: 0x_}\n",
+            "FILE:2:19: not valid YAML: invalid literal for int() with base 16: ''; "
+            "a text needs quotes",
+        ),
+        (
             SOURCES + "engine: {device: '${NO_SUCH_VARIABLE}'}\n",
             "FILE: engine.device: got ${NO_SUCH_VARIABLE}, expected that environment variable to "
             "be set",

@@ -1,23 +1,30 @@
 """What an operator does to a daemon: signals, systemd, questions about its health."""
 
 import asyncio
+import json
 import os
 import pkgutil
 import signal
 import socket
+import threading
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
 
+from model.streaming import StreamingModel
+from stream import daemon
 from stream.config import load
 from stream.daemon import run
 from stream.doctor import examine
+from stream.inference import EngineError
 from stream.sources.source import SourceError
 from stream.supervisor import Supervisor
+from stream.survival import Survival
+from stream.web import health
 from tests.stream.conftest import speechlike
-from tests.stream.house import House, free_port, pcm, serving, until
+from tests.stream.house import House, free_port, pcm, serving, talk, until
 from tests.stream.test_daemon import config
 
 QUIET = {"session": {"heartbeat_s": 0}}
@@ -116,11 +123,110 @@ class TestSystemd:
         assert told(systemd) == []  # a thread that hangs feeds nobody
         watching.cancel()
 
+    async def test_a_daemon_whose_inference_hangs_is_unready_and_ends(
+        self, checkpoint, systemd, monkeypatch, tmp_path
+    ):
+        released = threading.Event()
+
+        async def hang():
+            monkeypatch.setattr("stream.inference.Inference.step", lambda *_: released.wait())
+
+        try:
+            await hung(checkpoint, systemd, monkeypatch, tmp_path / "events.jsonl", hang)
+        finally:
+            released.set()
+
     def test_without_systemd_nothing_is_sent(self):
         supervisor = Supervisor({})
         supervisor.ready()
         assert supervisor.watchdog_s == 0
         assert Supervisor({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_s == 0
+
+
+async def hung(checkpoint, systemd, monkeypatch, file, hang, *, apart=False):
+    """A daemon amid a call while its inference hangs: what it answers, and that it can be stopped.
+
+    Args:
+        checkpoint: Folders of heads.
+        systemd: Its end of the line.
+        monkeypatch: For the time limits.
+        file: For a sink.
+        hang: From now on no step returns.
+        apart: The model computes in a process of its own.
+    """
+    monkeypatch.setenv("WATCHDOG_USEC", "60000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    monkeypatch.setattr(health, "STUCK_S", 0.05)
+    monkeypatch.setattr(daemon, "HANGS_S", 0.3)
+    house = House(free_port())
+    sinks = {"log": {"kind": "jsonl", "path": file}}
+    settings = config(checkpoint, {}, sinks, server={"port": house.port}, **QUIET)
+    running = asyncio.create_task(
+        run(settings, on_event=house.events.append, stop=house.stop, fail_fast=False, apart=apart)
+    )
+    async with house.http() as http:
+        await until_up(http, running)
+        async with house.connect("/v1/audio") as socket:
+            await socket.recv()
+            await socket.send(pcm(speechlike(32_000)))
+            await until(lambda: any(event.type == "turn.started" for event in house.events))
+            await hang()
+            await socket.send(pcm(speechlike(32_000)))
+            while (await http.get("/readyz")).status_code == 200:
+                pass
+            told(systemd)
+            await asyncio.sleep(0.2)
+            assert told(systemd) == []
+            assert "stuck" in (await http.get("/readyz")).text
+            assert (await http.get("/livez")).status_code == 200
+            house.stop.set()
+            async with asyncio.timeout(30):
+                with pytest.RaisesGroup(pytest.RaisesExc(EngineError, match="inference hangs")):
+                    await running
+    assert told(systemd) == ["STOPPING=1"]
+    lines = (await asyncio.to_thread(file.read_text)).splitlines()
+    assert [json.loads(line)["seq"] for line in lines] == [event.seq for event in house.events]
+
+
+async def test_a_device_that_fails_ends_the_daemon_and_the_session_goes_on(
+    checkpoint, tmp_path, monkeypatch
+):
+    broken, saved = False, asyncio.Event()
+    step, save = StreamingModel.step, Survival.save
+
+    def breaking(*given):
+        if broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return step(*given)
+
+    async def telling(*given):
+        await save(*given)
+        saved.set()
+
+    monkeypatch.setattr(StreamingModel, "step", breaking)
+    monkeypatch.setattr(Survival, "save", telling)
+    keys = {"session": {"heartbeat_s": 0, "state": tmp_path / "state.db", "save_s": 1e-9}}
+    data = pcm(speechlike(64_000))
+    failed = pytest.RaisesExc(EngineError, match="cpu cannot compute any more")
+    with pytest.RaisesGroup(failed, flatten_subgroups=True):
+        async with serving(checkpoint, **keys) as house:
+            async with house.connect("/v1/audio") as socket:
+                token = json.loads(await socket.recv())["resume_token"]
+                await socket.send(data[:64_000])
+                await saved.wait()
+                broken = True
+                await socket.send(data[64_000:])
+    broken = False
+    async with serving(checkpoint, **keys) as again:
+        async with again.connect(f"/v1/audio?resume={token}&have=0&after=0") as socket:
+            received = json.loads(await socket.recv())["received"]
+            await socket.send(data[received * 2 :])
+            await socket.send('{"type": "close"}')
+            *_, last = [json.loads(message) async for message in socket]
+    assert received > 0
+    assert (last["type"], last["reason"]) == ("session.closed", "ended")
+    assert last["session_id"] == house.events[0].session_id
+    assert last["end"] == 4.0
 
 
 class TestReload:
@@ -190,6 +296,67 @@ class TestReload:
         assert of["before"][-1] == "session.closed"
         assert "heartbeat" not in of["before"]
         assert "heartbeat" in of["after"]
+
+    async def test_what_cannot_be_read_changes_nothing(self, file, capsys, tmp_path):
+        path, tree = file
+        house = House(tree["server"]["port"])
+        running = asyncio.create_task(
+            run(
+                await asyncio.to_thread(load, path),
+                on_event=house.events.append,
+                stop=house.stop,
+                fail_fast=False,
+                reload=lambda: load(path),
+            )
+        )
+        async with house.http() as http:
+            await until_up(http, running)
+            (tmp_path / "voices.db").write_bytes(b"no database" * 99)
+            tree |= {"voiceprints": str(tmp_path / "voices.db")}
+            tree["session"]["heartbeat_s"] = 0.5
+            path.write_text(yaml.safe_dump(tree))
+            os.kill(os.getpid(), signal.SIGHUP)
+            output = ""
+            while "not reloaded" not in output:
+                output += capsys.readouterr().err
+                await asyncio.sleep(0.01)
+            await talk(house, speechlike(32_000))
+        house.stop.set()
+        await running
+        assert "voices.db" in output
+        assert "heartbeat" not in {event.type for event in house.events}
+
+    async def test_another_decoder_is_for_the_sessions_that_follow(self, file, capsys, monkeypatch):
+        path, tree = file
+        opened = []
+        monkeypatch.setattr(
+            "stream.daemon.open_language_model", lambda words, *_: opened.append(words.decoder)
+        )
+        house = House(tree["server"]["port"])
+        running = asyncio.create_task(
+            run(
+                await asyncio.to_thread(load, path),
+                stop=house.stop,
+                fail_fast=False,
+                reload=lambda: load(path),
+            )
+        )
+        async with house.http() as http:
+            await until_up(http, running)
+            tree["log"]["level"] = "info"
+            for words in ({}, {"decoder": "greedy"}):
+                tree["tracks"]["words"] = words
+                path.write_text(yaml.safe_dump(tree))
+                os.kill(os.getpid(), signal.SIGHUP)
+                output = ""
+                while "reloaded" not in output:
+                    output += capsys.readouterr().err
+                    await asyncio.sleep(0.01)
+                assert "not reloaded" not in output
+        house.stop.set()
+        await running
+        assert opened[-1] == "greedy"
+        assert len(opened) == 2
 
 
 async def until_up(http, running):
