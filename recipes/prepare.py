@@ -3,8 +3,8 @@
 Decoding takes about a minute, each teacher a quarter of an hour on one core for ten hours. A corpus
 that is added to the settings later is appended to the arrays, and labelled where it is not yet.
 
-A recording played faster or slower is that of another voice, and the teacher labels it as one: so a
-few hundred speakers become three times as many (Ko et al., "Audio augmentation for speech
+A recording played faster or slower is that of another voice, and the teacher labels it as one: so
+speakers become up to three times as many (Ko et al., "Audio augmentation for speech
 recognition", Interspeech 2015; as speakers of their own: Yamamoto et al., "Speaker augmentation and
 bandwidth extension for deep speaker embedding", Interspeech 2019).
 """
