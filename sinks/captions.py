@@ -3,16 +3,20 @@
 A cue holds at most two lines of 42 characters and seven seconds, one speaker's words. Without any
 words (no CTC head) a turn makes one cue that names its speaker. A session has a file of its own;
 cues in the order of time are appended, everything else (a revision, an identification, words that
-come out of order) replaces the file in one step, so it can be played at any moment.
+come out of order) replaces the file in one step, so it can be played at any moment. A session that
+goes on, after the daemon has been started again, goes on in its file; the cues that are there stay
+as they are.
 """
 
 import asyncio
+import html
 import os
+import re
 import textwrap
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
@@ -31,7 +35,7 @@ from sinks.events import (
     Word,
 )
 from sinks.files import LineFile, fill
-from sinks.roster import Roster
+from sinks.roster import APART_S, Roster, Said, said_before
 from sinks.sink import SinkError, SinkSettings
 
 LINE: Final = 42
@@ -162,6 +166,33 @@ def srt(number: int, cue: Cue) -> bytes:
     return f"{number}\n{_stamp(cue.start, ',')} --> {_stamp(cue.end, ',')}\n{text}\n\n".encode()
 
 
+_CUE: Final = re.compile(
+    r"(?:\d+\n)?(\d\d+):(\d\d):(\d\d[.,]\d{3}) --> (\d\d+):(\d\d):(\d\d[.,]\d{3})\n"
+    r"(.+)",
+    re.DOTALL,
+)
+
+
+def _read(content: str, *, escaped: bool) -> list[Cue]:
+    """The cues of a file; what else there is, a cue cut short say, is left out."""
+    found = (_CUE.fullmatch(block) for block in content.split("\n\n"))
+    return [_cue(match, escaped=escaped) for match in found if match is not None]
+
+
+def _cue(match: re.Match[str], *, escaped: bool) -> Cue:
+    start, end = (
+        int(hours) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+        for hours, minutes, seconds in (match.group(1, 2, 3), match.group(4, 5, 6))
+    )
+    who, text = None, match[7]
+    if escaped:
+        voice = re.fullmatch(r"<v ([^>\n]*)>(.+)", text, re.DOTALL)
+        if voice is not None:
+            who, text = html.unescape(voice[1]), voice[2]
+        text = html.unescape(text)
+    return Cue(start, end, who, tuple(text.split("\n")))
+
+
 def _stamp(seconds: float, point: str) -> str:
     whole, ms = divmod(round(seconds * 1000), 1000)
     minutes, s = divmod(whole, 60)
@@ -259,8 +290,12 @@ class _Session:
     file: LineFile
     roster: Roster = field(default_factory=Roster)
     runs: list[_Run] = field(default_factory=list[_Run])
-    ended: list[str] = field(default_factory=list[str])
-    """turn_id of every ended turn."""
+    ended: dict[str, None] = field(default_factory=dict[str, None])
+    """turn_id of every ended turn, in their order."""
+    earlier: list[Cue] = field(default_factory=list[Cue])
+    """What the file held when it was opened."""
+    said: list[Said] = field(default_factory=list[Said])
+    """The words of these."""
     seq: int = -1
     """The last transcript taken in: one that is sent again is not said twice."""
     items: int = 0
@@ -297,23 +332,55 @@ class CaptionSink:
         Raises:
             SinkError: the file is as it was before.
         """
+        await asyncio.to_thread(self._take_in, event)
+
+    def _take_in(self, event: Event) -> None:
         session = self._sessions.get(event.session_id)
         if session is None:
             if isinstance(event, SessionClosed):
                 return
-            session = _Session(await asyncio.to_thread(self._create, event))
+            goes_on = self._find(event) if event.seq > 0 else None
+            session = goes_on or _Session(self._create(event))
             self._sessions[event.session_id] = session
         _take(session, event)
-        await asyncio.to_thread(self._write, session)
+        self._write(session)
         if isinstance(event, SessionClosed):
             del self._sessions[event.session_id]
-            await asyncio.to_thread(session.file.close)
+            session.file.close()
 
     async def close(self) -> None:
         """Close the files of the sessions that are still open."""
-        for session in self._sessions.values():
+        for session in list(self._sessions.values()):  # a write may still be under way
             await asyncio.to_thread(session.file.close)
         self._sessions.clear()
+
+    def _find(self, event: Event) -> _Session | None:
+        """The session as its file has it, if it has one: the one with its id in the name first."""
+        plain, own, *_ = self._names(event)
+        path = next((path for path in (own, plain) if path.is_file()), None)
+        if path is None or path in self._taken:
+            return None
+        file = LineFile(path)
+        file.open()
+        try:
+            file.mend(lambda _: False)
+            content = b"".join(file.lines()).decode(errors="replace")
+        except BaseException:
+            file.close()
+            raise
+        self._taken.add(path)
+        cues = _read(content, escaped=not self._prefix)
+        return _Session(
+            file,
+            earlier=cues,
+            said=[Said(cue.start, cue.end, " ".join(cue.lines)) for cue in cues],
+            cues=len(cues),
+            last=max((cue.start for cue in cues), default=0.0),
+            stale=self._written(cues) != content.encode(),
+        )
+
+    def _written(self, cues: Sequence[Cue]) -> bytes:
+        return self._header + b"".join(self._block(i, cue) for i, cue in enumerate(cues, 1))
 
     def _create(self, event: Event) -> LineFile:
         for path in self._names(event):
@@ -361,10 +428,10 @@ class CaptionSink:
                 session.last = starts[-1]
                 return
             session.stale = True
-        cues = sorted(self._cues(session, 0), key=lambda cue: (cue.start, cue.end))
-        session.file.rewrite(
-            [self._header, *(self._block(i, cue) for i, cue in enumerate(cues, 1))]
+        cues = sorted(
+            [*session.earlier, *self._cues(session, 0)], key=lambda cue: (cue.start, cue.end)
         )
+        session.file.rewrite([self._written(cues)])
         session.items = len(items)
         session.cues = len(cues)
         session.last = cues[-1].start if cues else 0.0
@@ -379,7 +446,7 @@ class CaptionSink:
                 who = None if run.label is None else roster.name(run.label)
                 made += cues(run.words, who, prefix=self._prefix)
             return made
-        for turn in (roster.turns[turn_id] for turn_id in session.ended[begin:]):
+        for turn in (roster.turns[turn_id] for turn_id in islice(session.ended, begin, None)):
             who = roster.name(turn.label)
             made.append(Cue(turn.start, max(turn.end, turn.start + SHORTEST_S), who, wrap(who)))
         return made
@@ -389,27 +456,31 @@ def _take(session: _Session, event: Event) -> None:
     """Let the session know of one event; the same one twice changes nothing more."""
     roster = session.roster
     if isinstance(event, SpeakerRevised):
+        revision = roster.revision(event)
         for run in session.runs:
-            if (
-                run.label is not None
-                and run.label == event.from_label
-                and (
-                    run.turn_id in event.revision_of
-                    or roster.revises(event, run.label, run.words[0].start, run.words[-1].end)
-                )
-            ):
+            start, end = run.words[0].start, run.words[-1].end
+            if revision.concerns(run.label, run.turn_id, start, end):
                 run.label = event.to_label
                 session.stale = True
     session.stale |= roster.update(event)
-    if isinstance(event, TurnEnded) and event.turn_id not in session.ended:
-        session.ended.append(event.turn_id)
+    if isinstance(event, TurnEnded) and not _has(session.earlier, event):
+        session.ended[event.turn_id] = None
     if isinstance(event, TranscriptFinal) and event.seq > session.seq:
         session.seq = event.seq
         turn = roster.turns.get(event.turn_id or "")
-        words = groupby(
-            spread(event), key=lambda word: word.speaker or (turn.label if turn else None)
-        )
-        runs = [_Run(label, event.turn_id, list(run)) for label, run in words]
+        words = spread(event)
+        if said_before(words, session.said):
+            return
+        stretches = groupby(words, key=lambda word: word.speaker or (turn.label if turn else None))
+        runs = [_Run(label, event.turn_id, list(run)) for label, run in stretches]
         # The first words take the place of the cues that only name a speaker.
         session.stale |= bool(runs) and not session.runs and session.cues > 0
         session.runs += runs
+
+
+def _has(cues: Sequence[Cue], turn: TurnEnded) -> bool:
+    """Whether one of the cues names the speaker of this turn."""
+    end = max(turn.end, turn.start + SHORTEST_S)
+    return any(
+        abs(cue.start - turn.start) <= APART_S and abs(cue.end - end) <= APART_S for cue in cues
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
+from sinks.events import Event
 from sinks.sink import SinkError
 
 NEWLINE: Final = b"\n"
@@ -247,6 +248,37 @@ def _cannot_open(path: Path, error: OSError) -> str:
     if not path.parent.is_dir():
         return f"cannot write {path}: the folder {path.parent} does not exist"
     return f"cannot write {path}: {error.strerror}"
+
+
+class FileIds:
+    """What the sessions in one file are called there: no two alike.
+
+    A session of which the sink is not told from number 0 on is one that it wrote before it was
+    opened: it keeps the name that it has in the file.
+
+    Args:
+        template: ``{stream}`` and ``{session}`` are filled in; a session whose name is taken has
+            its session id added.
+        found: The names that are in the file already.
+    """
+
+    def __init__(self, template: str, found: Iterable[str]) -> None:
+        self._template = template
+        self._found = set(found)
+        # Bound: streams. A name with a session id in it is nobody else's.
+        self._given: set[str] = set()
+
+    def give(self, event: Event) -> str:
+        """The name of the event's session; ask once."""
+        name = fill(self._template, stream=event.stream_id, session=event.session_id)
+        if "{session}" in self._template:
+            return name
+        own = f"{name}-{_safe(event.session_id)}"
+        first = event.seq == 0
+        if name in self._given or (name if first else own) in self._found:
+            return own
+        self._given.add(name)
+        return name
 
 
 def fill(template: str, *, stream: str, session: str) -> str:

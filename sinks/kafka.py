@@ -128,11 +128,21 @@ class KafkaSink:
         """Deliver one event; all replicas have it when this returns.
 
         Raises:
-            Disconnected: the cluster cannot be reached, or did not answer in time.
+            Disconnected: the cluster cannot be reached, did not answer in time, or has no use for
+                this producer any more.
             SinkError: we have no right to the topic: that is no fault of this record.
             Rejected: it refused the record.
         """
-        from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
+        from aiokafka.errors import (
+            InvalidProducerEpoch,
+            InvalidProducerIdMapping,
+            KafkaError,
+            OutOfOrderSequenceNumber,
+            ProducerClosed,
+            ProducerFenced,
+            TopicAuthorizationFailedError,
+            UnknownProducerId,
+        )
 
         settings = self._settings
         headers = [
@@ -156,7 +166,19 @@ class KafkaSink:
             ) from None
         except KafkaError as error:
             what = f"kafka: {str(error) or type(error).__name__}"
-            if getattr(error, "retriable", False):
+            # A refused record uses up a number of the producer's, and the broker misses it: only a
+            # producer with another id can go on.
+            finished = isinstance(
+                error,
+                OutOfOrderSequenceNumber
+                | UnknownProducerId
+                | InvalidProducerEpoch
+                | InvalidProducerIdMapping
+                | ProducerFenced
+                | ProducerClosed,
+            )
+            broken = type(error) is KafkaError  # the driver's own words for a fault of its own
+            if finished or broken or getattr(error, "retriable", False):
                 raise Disconnected(what) from None
             if isinstance(error, TopicAuthorizationFailedError):
                 raise SinkError(what) from None

@@ -224,6 +224,14 @@ def level(name: str) -> str:
     return re.sub(r"[%/+#\x00-\x1f\x7f]", lambda found: quote(found[0], safe=""), name) or "%00"
 
 
+def _id(topic: str) -> str:
+    """A topic → an id of Home Assistant, which knows few characters: two topics have two ids."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", topic)
+    if plain == topic.replace("/", "_"):
+        return plain
+    return f"{plain}_{hashlib.sha256(topic.encode()).hexdigest()[:8]}"
+
+
 @dataclass(slots=True)
 class _Stream:
     """What the state of a stream is made of."""
@@ -346,8 +354,7 @@ class MqttSink:
 
     def _sensor(self, stream: str) -> tuple[str, str]:
         """What Home Assistant calls us, and a stream of ours."""
-        unique = re.sub(r"[^A-Za-z0-9_-]", "_", f"livesat_{stream.removeprefix(self._base)}")
-        return re.sub(r"[^A-Za-z0-9_-]", "_", self._base), unique
+        return _id(self._base), _id(f"livesat_{stream.removeprefix(self._base)}")
 
     async def _clear(self, stream: str, event: Event) -> None:
         """Take back what is retained of a stream. Source: MQTT 5.0, 3.3.1.3."""

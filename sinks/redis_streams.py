@@ -20,13 +20,8 @@ from sinks.tls import Tls
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-LATER: Final = frozenset(
-    {"OOM", "MISCONF", "LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS"}
-)
+LATER: Final = frozenset({"MISCONF", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS"})
 """First words of errors that a later attempt may not meet."""
-
-ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN"})
-"""Of those that need a new connection: the server became a replica, its name leads to another."""
 
 
 class RedisSettings(EnvelopeSettings, frozen=True):
@@ -114,8 +109,16 @@ class RedisSink:
             SinkError: the server says that it cannot now: out of memory, say.
             Rejected: it refused the entry: no right, another type under the key.
         """
+        from redis.exceptions import (
+            ClusterDownError,
+            MasterDownError,
+            OutOfMemoryError,
+            ReadOnlyError,
+            RedisError,
+            ResponseError,
+            TryAgainError,
+        )
         from redis.exceptions import ConnectionError as Gone
-        from redis.exceptions import RedisError, ResponseError
         from redis.exceptions import TimeoutError as Late
 
         settings = self._settings
@@ -135,11 +138,14 @@ class RedisSink:
         except (Gone, Late, OSError) as error:
             raise Disconnected(f"redis: {str(error) or type(error).__name__}") from None
         except ResponseError as error:
-            # The driver cuts the first word off the errors it has a class for.
-            word = error.status_code or str(error).partition(" ")[0]
-            if word in ELSEWHERE:
+            # The driver cuts the first word off the errors it has a class for: which, is a matter
+            # of its version.
+            word = str(error).partition(" ")[0]
+            if isinstance(error, ReadOnlyError | MasterDownError) or word == "MASTERDOWN":
+                # The server became a replica; its name leads to another.
                 raise Disconnected(f"redis: {error}") from None
-            if word in LATER:
+            later = isinstance(error, OutOfMemoryError | ClusterDownError | TryAgainError)
+            if later or word in LATER:
                 raise SinkError(f"redis: {error}") from None
             raise Rejected(f"redis: {error}") from None
         except RedisError as error:

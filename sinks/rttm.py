@@ -2,7 +2,8 @@
 
 The file holds ended turns only, each under the name it has after every revision and
 identification so far, and can be read at any moment: a new turn is appended as one line, and a
-revision replaces the file in one step.
+revision replaces the file in one step. The lines of a session that goes on, after the daemon has
+been started again, are taken up from the file.
 """
 
 import asyncio
@@ -15,8 +16,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sinks.events import Event, SessionClosed, SpeakerIdentified, SpeakerRevised, TurnEnded
-from sinks.files import LineFile, fill
+from sinks.events import (
+    Event,
+    SessionClosed,
+    SessionOpened,
+    SpeakerIdentified,
+    SpeakerRevised,
+    TurnEnded,
+)
+from sinks.files import FileIds, LineFile
 from sinks.roster import Roster, Turn
 from sinks.sink import SinkSettings
 
@@ -29,7 +37,9 @@ class RttmSettings(SinkSettings, frozen=True):
     kind: Literal["rttm"] = "rttm"
     path: Path = Field(description="The file; its folder must exist.")
     existing: Literal["append", "replace"] = Field(
-        default="append", description="What becomes of a file that is already there."
+        default="append",
+        description="What becomes of a file that is already there. replace: it stays if the first "
+        "session goes on from before a restart.",
     )
     file_id: str = Field(
         default="{stream}",
@@ -40,7 +50,10 @@ class RttmSettings(SinkSettings, frozen=True):
 
     def wants(self, event: Event) -> bool:
         """Ended turns, and what gives them other names."""
-        return isinstance(event, TurnEnded | SpeakerIdentified | SpeakerRevised | SessionClosed)
+        return isinstance(
+            event,
+            SessionOpened | TurnEnded | SpeakerIdentified | SpeakerRevised | SessionClosed,
+        )
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator["RttmSink"]:
@@ -49,11 +62,11 @@ class RttmSettings(SinkSettings, frozen=True):
         Raises:
             SinkError: the file cannot be written, or someone else writes it.
         """
-        file = LineFile(self.path, replace=self.existing == "replace")
+        file = LineFile(self.path)
         await asyncio.to_thread(file.open)
         try:
             await asyncio.to_thread(file.mend, _is_row)
-            yield RttmSink(file, self.file_id, await asyncio.to_thread(file.lines))
+            yield await asyncio.to_thread(RttmSink, file, self)
         finally:
             await asyncio.to_thread(file.close)
 
@@ -94,18 +107,52 @@ class _Session:
     roster: Roster = field(default_factory=Roster)
     rows: dict[str, tuple[int, bytes]] = field(default_factory=dict[str, tuple[int, bytes]])
     """turn_id → the number of its line in the file, and the line."""
+    earlier: dict[bytes, list[str]] = field(default_factory=dict[bytes, list[str]])
+    """Of lines from before the sink was opened: start and duration → what `rows` calls them."""
     stale: bool = False
     """A row may no longer say what the roster says."""
 
+    def take_up(self, number: int, line: bytes) -> None:
+        """A line of the file, whose turn_id nobody knows any more."""
+        columns = line.decode(errors="replace").split()
+        if len(columns) != 10 or columns[0] != "SPEAKER" or columns[1] != self.file_id:
+            return
+        try:
+            start, duration = float(columns[3]), float(columns[4])
+        except ValueError:
+            return
+        turn_id = f"line {number}"
+        self.roster.turns[turn_id] = Turn(start, start + duration, columns[7])
+        self.rows[turn_id] = number, line
+        self.earlier.setdefault(_bounds(line), []).append(turn_id)
+
+    def recognise(self, turn_id: str, line: bytes) -> bool:
+        """Whether the turn has a line from before: a kill has its last events sent again."""
+        alike = self.earlier.get(_bounds(line))
+        if not alike:
+            return False
+        same = max(alike, key=lambda each: self.rows[each][1] == line)
+        alike.remove(same)
+        del self.roster.turns[same]
+        self.rows[turn_id] = self.rows.pop(same)
+        return True
+
+
+def _bounds(line: bytes) -> bytes:
+    return b" ".join(line.split()[3:5])
+
 
 class RttmSink:
-    """An open RTTM file. Only open sessions are remembered; what is closed stays as written."""
+    """An open RTTM file."""
 
-    def __init__(self, file: LineFile, file_id: str, lines: list[bytes]) -> None:
+    def __init__(self, file: LineFile, settings: RttmSettings) -> None:
+        lines = file.lines()
         self._file = file
-        self._template = file_id
+        self._template = _column(settings.file_id)
+        self._replace = settings.existing == "replace"
         self._count = len(lines)
-        self._taken = {line.split()[1].decode() for line in lines if len(line.split()) > 1}
+        rows = (line.decode(errors="replace").split() for line in lines)
+        self._ids = FileIds(self._template, (row[1] for row in rows if len(row) > 1))
         self._sessions: dict[str, _Session] = {}
 
     async def send(self, event: Event) -> None:
@@ -114,35 +161,40 @@ class RttmSink:
         Raises:
             SinkError: the file is as it was before.
         """
+        await asyncio.to_thread(self._take_in, event)
+
+    def _take_in(self, event: Event) -> None:
         session = self._sessions.get(event.session_id)
-        if isinstance(event, SessionClosed):
-            if session is not None:
-                await self._correct(session)
-                del self._sessions[event.session_id]
-            return
         if session is None:
-            session = _Session(self._name(event))
-            self._sessions[event.session_id] = session
+            if isinstance(event, SessionClosed):
+                return
+            session = self._sessions[event.session_id] = self._begin(event)
         session.stale |= session.roster.update(event)
         if isinstance(event, TurnEnded) and event.end > event.start:
             turn = session.roster.turns[event.turn_id]
             line = speaker_line(session.file_id, turn, session.roster.name(turn.label))
-            if event.turn_id not in session.rows:
-                await asyncio.to_thread(self._file.append, line)
+            if event.turn_id not in session.rows and not session.recognise(event.turn_id, line):
+                self._file.append(line)
                 session.rows[event.turn_id] = self._count, line
                 self._count += 1
             elif session.rows[event.turn_id][1] != line:
                 session.stale = True
-        await self._correct(session)
+        self._correct(session)
+        if isinstance(event, SessionClosed):
+            del self._sessions[event.session_id]
 
-    def _name(self, event: Event) -> str:
-        name = fill(self._template, stream=event.stream_id, session=event.session_id)
-        if name in self._taken:
-            name = f"{name}-{fill('{session}', stream='', session=event.session_id)}"
-        self._taken.add(name)
-        return name
+    def _begin(self, event: Event) -> _Session:
+        if self._replace and event.seq == 0:
+            self._file.rewrite([])
+            self._count, self._ids = 0, FileIds(self._template, ())
+        self._replace = False
+        session = _Session(self._ids.give(event))
+        if event.seq > 0:
+            for number, line in enumerate(self._file.lines()):
+                session.take_up(number, line)
+        return session
 
-    async def _correct(self, session: _Session) -> None:
+    def _correct(self, session: _Session) -> None:
         if not session.stale:
             return
         changed: dict[str, tuple[int, bytes]] = {}
@@ -152,12 +204,9 @@ class RttmSink:
             if line != written:
                 changed[turn_id] = number, line
         if changed:
-            await asyncio.to_thread(self._replace, dict(changed.values()))
+            lines = self._file.lines()
+            for number, line in changed.values():
+                lines[number] = line
+            self._file.rewrite(lines)
             session.rows |= changed
         session.stale = False
-
-    def _replace(self, changed: dict[int, bytes]) -> None:
-        lines = self._file.lines()
-        for number, line in changed.items():
-            lines[number] = line
-        self._file.rewrite(lines)

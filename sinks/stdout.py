@@ -6,11 +6,15 @@ last line until it is replaced. Rich is imported when a sink is opened there.
 """
 
 import asyncio
+import io
 import os
+import queue
 import sys
+import threading
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import structlog
 from pydantic import Field
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from sinks.paint import Painter
 
 log = structlog.get_logger(__name__)
+
+FAREWELL_S: Final = 1.0
+"""How long a terminal may take to have its last line erased: one that is stopped takes nothing."""
 
 
 class StdoutSettings(SinkSettings, frozen=True):
@@ -54,8 +61,10 @@ class StdoutSettings(SinkSettings, frozen=True):
             yield sink
         finally:
             if painter is not None:
-                with suppress(SinkError):
-                    await sink.write(painter.leave())
+                with suppress(SinkError, TimeoutError):
+                    async with asyncio.timeout(FAREWELL_S):
+                        await sink.write(painter.leave())
+            sink.close()
 
 
 def text(event: Event) -> list[str]:
@@ -71,6 +80,7 @@ class StdoutSink:
         self._settings = settings
         self._painter = painter
         self._closed = False
+        self._writer = _Writer()
 
     async def send(self, event: Event) -> None:
         """Write and flush the event's lines; once the reader has gone, discard them.
@@ -96,8 +106,7 @@ class StdoutSink:
         if self._closed:
             return
         try:
-            # A pipe that nobody reads blocks: never on the event loop.
-            await asyncio.to_thread(_write, text)
+            await self._writer.write(text)
         except BrokenPipeError:
             # `livesat … | head`: the reader has had enough, which is no error of ours.
             self._closed = True
@@ -106,10 +115,62 @@ class StdoutSink:
         except (OSError, ValueError) as error:
             raise SinkError(f"cannot write to standard output: {error}") from None
 
+    def close(self) -> None:
+        """Let the thread end once it has written what it has."""
+        self._writer.close()
+
+
+class _Writer:
+    """A thread that writes: a pipe that nobody reads, a terminal that is stopped, blocks it.
+
+    A daemon thread, because that may last for ever, and nobody would wait for it at the exit.
+    """
+
+    def __init__(self) -> None:
+        # Bound: one, and what takes leave of a terminal. A sink is given one event at a time.
+        self._texts: queue.SimpleQueue[tuple[str, Future[None]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="stdout", daemon=True).start()
+
+    async def write(self, text: str) -> None:
+        """Write and flush; who is cancelled meanwhile leaves the rest to the thread.
+
+        Raises:
+            OSError, ValueError: it could not be written.
+        """
+        done: Future[None] = Future()
+        self._texts.put((text, done))
+        await asyncio.wrap_future(done)
+
+    def close(self) -> None:
+        """End the thread once it has written what it has."""
+        self._texts.put(None)
+
+    def _run(self) -> None:
+        while (given := self._texts.get()) is not None:
+            text, done = given
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                _write(text)
+            except Exception as error:  # noqa: BLE001 - for whoever waits
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Write to the descriptor: who blocks in the stream holds its lock, which the exit wants."""
+    stream = sys.stdout
+    stream.flush()
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        stream.write(text)
+        stream.flush()
+        return
+    left = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _discard_output() -> None:

@@ -14,6 +14,7 @@ ERRORS: Final = {
     "MESSAGE_TOO_LARGE": 10,
     "NOT_ENOUGH_REPLICAS": 19,
     "TOPIC_AUTHORIZATION_FAILED": 29,
+    "OUT_OF_ORDER_SEQUENCE_NUMBER": 45,
 }
 """Kafka's numbers of answers."""
 

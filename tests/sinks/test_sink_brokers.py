@@ -18,13 +18,21 @@ import nats.js.errors
 import pytest
 import structlog
 from aiokafka.errors import (
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
     KafkaConnectionError,
+    KafkaError,
     MessageSizeTooLargeError,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
     RequestTimedOutError,
     TopicAuthorizationFailedError,
+    UnknownProducerId,
 )
 from redis._parsers.base import BaseParser
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from sinks import KafkaSettings, NatsSettings, RedisSettings
 from sinks import kafka as kafka_sink
@@ -327,7 +335,27 @@ class TestWhatAnAnswerMeans:
         ],
     )
     async def test_of_redis(self, line: str, meaning: type[SinkError]) -> None:
-        answer: Any = Answer(BaseParser.parse_error(line))
+        error = BaseParser.parse_error(line)
+        vars(error).pop("status_code", None)  # which drivers before 7.4 do not have
+        answer: Any = Answer(error)
+        with pytest.raises(SinkError, match="redis: ") as raised:
+            await RedisSink(RedisSettings(), answer).send(Talk().warning())
+        assert type(raised.value) is meaning
+
+    @pytest.mark.parametrize(
+        ("line", "meaning"),
+        [
+            ("CLUSTERDOWN The cluster is down", SinkError),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", SinkError),
+            ("MASTERDOWN Link with MASTER is down", Disconnected),
+        ],
+    )
+    async def test_of_redis_by_a_driver_that_has_no_class_for_it(
+        self, line: str, meaning: type[SinkError]
+    ) -> None:
+        error = ResponseError(line)
+        vars(error).pop("status_code", None)
+        answer: Any = Answer(error)
         with pytest.raises(SinkError, match="redis: ") as raised:
             await RedisSink(RedisSettings(), answer).send(Talk().warning())
         assert type(raised.value) is meaning
@@ -383,6 +411,22 @@ class TestKafka:
                 await sink.send(Talk().warning())
             await sink.send(Talk().warning())
         assert type(raised.value) is meaning
+
+    async def test_a_number_out_of_order_costs_nothing_but_the_producer(
+        self, cluster: Cluster
+    ) -> None:
+        talk = Talk()
+        sent = [talk.warning() for _ in range(3)]
+        async with Fanout({"kafka": KafkaSettings(brokers=cluster.brokers)}, FAST) as out:
+            await out.publish(sent[0])
+            await until(lambda: out.statistics()["kafka"].sent == 1)
+            cluster.answer("OUT_OF_ORDER_SEQUENCE_NUMBER")
+            for event in sent[1:]:
+                await out.publish(event)
+            await until(lambda: out.statistics()["kafka"].sent == 3)
+            assert out.statistics()["kafka"].rejected == 0
+        records = await asyncio.to_thread(cluster.records, "livesat.events.v1", 3)
+        assert [parse(record.value()) for record in records] == sent
 
     async def test_a_cluster_that_is_gone_is_noticed_and_costs_nothing(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
@@ -474,6 +518,13 @@ class TestKafkasDriver:
             (RequestTimedOutError(), Disconnected),
             (KafkaConnectionError("gone"), Disconnected),
             (MessageSizeTooLargeError("big"), Rejected),
+            (OutOfOrderSequenceNumber(), Disconnected),
+            (UnknownProducerId(), Disconnected),
+            (InvalidProducerEpoch(), Disconnected),
+            (InvalidProducerIdMapping(), Disconnected),
+            (ProducerFenced(), Disconnected),
+            (ProducerClosed(), Disconnected),
+            (KafkaError("Unexpected error during batch delivery"), Disconnected),
             (OSError("gone"), Disconnected),
         ],
     )

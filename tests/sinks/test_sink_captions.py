@@ -1,6 +1,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -141,6 +142,37 @@ async def test_names_are_never_taken_twice(tmp_path: Path) -> None:
     await write(settings, [Talk("a", "mic").opened()])
     found = sorted(file.name for file in tmp_path.iterdir())  # noqa: ASYNC240
     assert found == ["_.._etc_x.srt", "mic.a.2.srt", "mic.a.srt", "mic.b.srt", "mic.srt"]
+
+
+@pytest.mark.parametrize("existing", ["keep", "replace"])
+@pytest.mark.parametrize("kind", [VttSettings, SrtSettings])
+async def test_a_session_that_goes_on_goes_on_in_its_file(
+    tmp_path: Path, kind: type[CaptionSettings], existing: Literal["keep", "replace"]
+) -> None:
+    name = f"talk.{kind.model_fields['kind'].default}"
+    settings = kind(path=tmp_path / name, existing=existing)
+    events = conversation(Talk("a"))
+    del events[7:9]  # what gives words of before other names
+    await write(settings, events)
+    whole = settings.path.read_text()
+    settings.path.unlink()
+    await write(settings, events[:5])
+    kept = settings.path.read_text()
+    with settings.path.open("a") as file:
+        file.write("9\n00:01")  # a cue cut short
+    await write(settings, events[3:4])  # the last of those again, as after a kill
+    assert settings.path.read_text() == kept
+    await write(settings, events[3:])
+    assert settings.path.read_text() == whole
+    assert [file.name for file in tmp_path.iterdir()] == [name]  # noqa: ASYNC240
+
+
+async def test_turns_of_before_are_not_named_twice(tmp_path: Path) -> None:
+    path, talk = tmp_path / "talk.vtt", Talk()
+    opened, turn = talk.opened(), talk.turn("t1", "S1", 1.0, 1.2)
+    await write(VttSettings(path=path), [opened, turn])
+    await write(VttSettings(path=path), [turn, talk.turn("t2", "S2", 2.0, 4.0)])
+    assert re.findall("<v (.*)>", path.read_text()) == ["S1", "S2"]
 
 
 async def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:

@@ -505,6 +505,20 @@ async def test_home_assistant_finds_a_sensor_of_every_stream(broker: Broker) -> 
     assert names == "Anna, S2"
 
 
+async def test_streams_whose_letters_home_assistant_does_not_know_have_sensors_apart(
+    broker: Broker,
+) -> None:
+    async with subscriber(broker, "homeassistant/#") as client:
+        async with settings(broker, home_assistant=True).open() as sink:
+            for number, name in enumerate(("会议室", "客厅门", "a b", "a_b")):
+                await sink.send(Talk(str(number), name).opened())
+        messages = await receive(client, 4)
+    topics = [message.topic.value for message in messages]
+    assert len(set(topics)) == 4
+    assert len({json.loads(bytes(message.payload))["unique_id"] for message in messages}) == 4
+    assert topics[-1] == "homeassistant/sensor/livesat_v1_box/livesat__a_b/config"
+
+
 async def test_a_socket_that_closed_meanwhile_is_not_watched():
     complaints: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))

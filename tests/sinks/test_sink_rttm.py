@@ -111,8 +111,38 @@ async def test_a_file_that_is_there_stays_but_for_its_torn_end(tmp_path: Path) -
     await write(path, [talk.turn("t1", "S1", 0.0, 1.0), talk.identified("S1", "Bob")])
     assert path.read_text().startswith(before)
     assert names(path) == ["S1", "Bob"]
-    await write(path, [], existing="replace")
+    await write(path, [Talk("c").opened()], existing="replace")
     assert path.read_text() == ""
+
+
+TURNS = (("t1", "S1"), ("t2", "S2"))
+
+
+@pytest.mark.parametrize("existing", ["append", "replace"])
+@pytest.mark.parametrize(
+    ("file_id", "names_before"), [("{stream}", ["talk", "talk-b"]), ("{session}", ["a", "b"])]
+)
+async def test_a_session_that_goes_on_has_its_lines_once_and_under_its_id(
+    tmp_path: Path, existing: str, file_id: str, names_before: list[str]
+) -> None:
+    path = tmp_path / "talk.rttm"
+    more = {"existing": existing, "file_id": file_id}
+    talks = Talk("a"), Talk("b")
+    before: list[Event] = []
+    for talk in talks:
+        before.append(talk.opened())
+        before += [talk.turn(turn, label, 0.1234567, 1.0) for turn, label in TURNS]
+    await write(path, before, **more)
+    after = [event for event in reversed(before) if event.seq > 0]  # of b first
+    after += [talk.turn("t3", "S3", 2.0, 3.0) for talk in talks]
+    after += [talks[1].identified("S1", "Ada"), talks[1].revised([], "S2", "S3")]
+    await write(path, after, **more)
+    rows = [(row[1], row[7]) for row in map(str.split, path.read_text().splitlines())]
+    a, b = names_before
+    assert rows == [
+        *((a, "S1"), (a, "S2"), (b, "Ada"), (b, "S3")),
+        *((a, "S3"), (b, "S3")),
+    ]
 
 
 async def test_a_failed_revision_is_made_good(

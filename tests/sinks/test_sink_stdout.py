@@ -3,9 +3,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 
+from sinks import stdout
 from sinks.events import Word, parse
 from sinks.lines import clock
 from sinks.stdout import StdoutSettings, text
@@ -201,3 +204,48 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert ran.returncode == 0, ran.stderr.decode()
     assert b"Traceback" not in ran.stderr
     assert b"Exception ignored" not in ran.stderr
+
+
+def test_a_reader_that_does_not_read_keeps_no_process_alive() -> None:
+    script = (
+        "import asyncio\n"
+        "from sinks.stdout import StdoutSettings\n"
+        "from tests.sinks.samples import Talk\n"
+        "async def main():\n"
+        "    async with StdoutSettings().open() as sink:\n"
+        "        sending = asyncio.create_task(sink.send(Talk().warning()))\n"
+        "        done, _ = await asyncio.wait({sending}, timeout=0.2)\n"
+        "        assert not done\n"
+        "        sending.cancel()\n"
+        "asyncio.run(main())\n"
+    )
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        ran = subprocess.run(
+            [sys.executable, "-c", script],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=30,
+        )
+    finally:
+        os.close(writing)
+        os.close(reading)
+    assert ran.returncode == 0, ran.stderr.decode()
+    assert ran.stderr == b""
+
+
+async def test_a_terminal_that_is_stopped_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    monkeypatch.setattr(stdout, "FAREWELL_S", 0.01)
+    goes_on = threading.Event()
+    async with StdoutSettings(partials=True).open() as sink:
+        await sink.send(Talk().heard("hel"))
+        monkeypatch.setattr(terminal, "write", lambda text: text and goes_on.wait(60))
+    assert terminal.screen == ["00:00.0                 hel …"]
+    goes_on.set()
