@@ -116,10 +116,6 @@ class Roster(Names):
         merged = event.reason == "merged"
         return Revision(event.from_label, merged, frozenset(event.revision_of), spans)
 
-    def revises(self, event: SpeakerRevised, label: str, start: float, end: float) -> bool:
-        """Whether a revision concerns what `label` said from `start` to `end`, in seconds."""
-        return self.revision(event).concerns(label, None, start, end)
-
     def _revise(self, event: SpeakerRevised) -> bool:
         merged = event.reason == "merged"
         concerned = set(event.revision_of)

@@ -25,17 +25,23 @@ class Enrolled:
     path: Path | None
     loaded: Loaded
 
-    def gallery(self) -> Gallery | None:
+    def gallery(self, *, strict: bool = True) -> Gallery | None:
         """Whom to look for; None without a speaker head, or a file.
 
+        Args:
+            strict: Voices of another checkpoint in a file that was asked for are an error; else
+                they are left out, as in the user's own.
+
         Raises:
-            VoiceprintError: the file cannot be used, or holds voices of another checkpoint and was
-                asked for.
+            VoiceprintError: the file cannot be used, or there are such voices.
         """
         if self.loaded.voice_id is None or (self.path is None and not self._file.is_file()):
             return None
+        size = None if self.loaded.pooled is None else self.loaded.pooled[1].size
         with Voiceprints.open(self._file) as store:
-            gallery = store.gallery(self.loaded.voice_id, strict=self.path is not None)
+            gallery = store.gallery(
+                self.loaded.voice_id, size=size, strict=strict and self.path is not None
+            )
         return replace(gallery, cohort=self.loaded.cohort)
 
     def names(self) -> list[str]:

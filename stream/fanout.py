@@ -22,6 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -35,6 +36,9 @@ from stream.outbox import Outbox, Row
 
 DRAIN_RETRY_S: Final = 0.25
 """Longest back-off at the end, when there is no time to be patient, in seconds."""
+
+FILE_RETRY_S: Final = 4.0
+"""Longest back-off of a sink that writes a file: a disk with room again is met within 5 s."""
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +64,12 @@ class FanoutSettings(BaseModel, frozen=True, extra="forbid"):
         default=5.0, ge=0, description="How long finals may take to be delivered at the end."
     )
     retry_first_s: float = Field(default=0.5, gt=0, description="Back-off after one failure.")
-    retry_longest_s: float = Field(default=30.0, gt=0, description="Back-off after many.")
+    retry_longest_s: float = Field(
+        default=30.0,
+        gt=0,
+        description=f"Back-off after many; {FILE_RETRY_S:.0f} s at most for a sink that writes a "
+        "file.",
+    )
     outbox: Path | None = Field(
         default=None,
         description="SQLite file that keeps finals until their sinks have them, also when the "
@@ -375,6 +384,8 @@ class Lane:
         """What came of the first attempt to open the sink: None, or the error."""
         self._sink = sink
         self._settings = settings
+        writes_file = isinstance(getattr(sink, "path", None), Path)
+        self._retry_longest_s = min(settings.retry_longest_s, FILE_RETRY_S if writes_file else inf)
         self._rng = rng
         self._sleep = sleep
         self._spool = (
@@ -568,9 +579,8 @@ class Lane:
 
     async def _back_off(self) -> None:
         """Wait twice as long as the last time, give or take; closing cuts it short."""
-        settings = self._settings
-        longest = settings.retry_first_s * 2.0 ** min(self._failures - 1, 32)
-        delay = min(longest, settings.retry_longest_s)
+        doubled = self._settings.retry_first_s * 2.0 ** min(self._failures - 1, 32)
+        delay = min(doubled, self._retry_longest_s)
         # Half of it is jitter: a broker that comes back is not met by everyone at once.
         delay *= self._rng.uniform(0.5, 1.0)
         if self._closing.is_set():

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from tempfile import mkstemp
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from stream.database import Unusable, open_database
 from stream.tracks.voices import Gallery
-from stream.writing import make_private
 
 VERSION: Final = 1
 
@@ -84,13 +84,16 @@ def default_path() -> Path:
     return base / "livesat" / "voices.db"
 
 
+_LARGEST: Final = float(np.finfo(np.float32).max)
+
+
 class ExportedClip(BaseModel):
     """A clip in an exported file."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     checkpoint: str
-    embedding: list[float] = Field(min_length=1)
+    embedding: list[Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]] = Field(min_length=1)
     evidence_s: float = Field(ge=0)
     created: AwareDatetime
 
@@ -137,23 +140,28 @@ class Voiceprints:
             now: For expiry; None is the present.
 
         Raises:
-            VoiceprintError: the file cannot be opened, is no store, or is one of a newer version.
+            VoiceprintError: the file cannot be opened, is no store, or is one of a newer version;
+                or, while it is open, it cannot be read or written.
         """
         try:
             # No write-ahead log: what is erased must not live on in one.
             database = open_database(
-                path, "a database of voices", version=VERSION, schema=_SCHEMA, wal=False
+                path,
+                "a database of voices",
+                version=VERSION,
+                schema=_SCHEMA,
+                wal=False,
+                shared=True,
             )
         except Unusable as error:
             raise VoiceprintError(str(error)) from error
         try:
             store = cls(database)
-            try:
-                store._prepare()
-                store._expire(now or datetime.now(UTC))
-            except sqlite3.DatabaseError as error:
-                raise VoiceprintError(f"{path}: cannot be used ({error})") from error
+            store._prepare()
+            store._expire(now or datetime.now(UTC))
             yield store
+        except sqlite3.Error as error:
+            raise VoiceprintError(f"{path}: cannot be used ({error})") from error
         finally:
             database.close()
 
@@ -279,45 +287,47 @@ class Voiceprints:
         self._erase([voice.name])
         return voice
 
-    def gallery(self, checkpoint: str, *, strict: bool = True) -> Gallery:
+    def gallery(self, checkpoint: str, *, size: int | None = None, strict: bool = True) -> Gallery:
         """The voices to look for: each the mean of its clips, weighted by their speech.
 
         Args:
             checkpoint: Content id of the checkpoint that runs.
+            size: Values of its embeddings: a file that was taken in may say anything of itself.
             strict: Voices of other checkpoints are an error; else they are left out.
 
         Raises:
             VoiceprintError: a voice was enrolled with another checkpoint: embeddings of two
                 checkpoints cannot be compared.
         """
-        if strict:
-            others = self._others(checkpoint)
-            if others:
-                raise VoiceprintError(
-                    f"{', '.join(others)}: enrolled with another checkpoint than {checkpoint}; "
-                    f"enroll again with this one, or run with that"
-                )
         rows = self._db.execute(
-            "SELECT name, embedding, evidence_s FROM clips JOIN voices ON voices.id = voice "
-            "WHERE checkpoint = ? ORDER BY name COLLATE NOCASE, clips.id",
-            (checkpoint,),
-        ).fetchall()
+            "SELECT name, checkpoint, embedding, evidence_s "
+            "FROM clips JOIN voices ON voices.id = voice ORDER BY name COLLATE NOCASE, clips.id"
+        )
         clips: dict[str, list[tuple[NDArray[np.float32], float]]] = {}
-        for name, blob, evidence_s in rows:
-            vector = np.frombuffer(blob, "<f4")
-            clips.setdefault(name, []).append((vector, max(evidence_s, 1e-3)))
+        others: list[str] = []
+        for name, made_by, blob, evidence_s in rows:
+            if made_by == checkpoint and size in {None, len(blob) / 4}:
+                vector = np.frombuffer(blob, "<f4")
+                clips.setdefault(name, []).append((vector, max(evidence_s, 1e-3)))
+            elif name not in others:
+                others.append(name)
+        if strict and others:
+            raise VoiceprintError(
+                f"{', '.join(others)}: enrolled with another checkpoint than {checkpoint}; "
+                f"enroll again with this one, or run with that"
+            )
         means = [
             np.average([v for v, _ in each], axis=0, weights=[w for _, w in each])
             for each in clips.values()
         ]
         vectors = np.asarray(means, np.float32) if means else np.zeros((0, 0), np.float32)
-        return Gallery(tuple(clips), vectors)
+        return Gallery(tuple(clips), vectors, left_out=tuple(others))
 
     def export(self, path: Path) -> int:
         """Write every voice to a JSON file that only its owner can read → how many.
 
         Raises:
-            VoiceprintError: the file cannot be written.
+            VoiceprintError: the file cannot be written; it is as it was before.
         """
         people: list[dict[str, Any]] = []
         for voice in self.voices():
@@ -344,8 +354,7 @@ class Voiceprints:
                 }
             )
         try:
-            make_private(path)
-            path.write_text(json.dumps({"livesat_voices": VERSION, "voices": people}, indent=1))
+            _replace(path, json.dumps({"livesat_voices": VERSION, "voices": people}, indent=1))
         except OSError as error:
             raise VoiceprintError(f"{path}: cannot be written ({error.strerror})") from error
         return len(people)
@@ -408,17 +417,15 @@ class Voiceprints:
             self._erase(gone)
 
     def _erase(self, names: Iterable[str]) -> None:
-        with self._db:
-            self._db.executemany("DELETE FROM voices WHERE name = ?", [(name,) for name in names])
-        self._db.execute("VACUUM")
-
-    def _others(self, checkpoint: str) -> list[str]:
-        rows = self._db.execute(
-            "SELECT DISTINCT name FROM clips JOIN voices ON voices.id = voice "
-            "WHERE checkpoint <> ? ORDER BY name COLLATE NOCASE",
-            (checkpoint,),
-        )
-        return [name for (name,) in rows.fetchall()]
+        # A journal on disk would keep what is erased: it is deleted, but not overwritten.
+        self._db.execute("PRAGMA journal_mode = MEMORY")
+        try:
+            with self._db:
+                given = [(name,) for name in names]
+                self._db.executemany("DELETE FROM voices WHERE name = ?", given)
+            self._db.execute("VACUUM")
+        finally:
+            self._db.execute("PRAGMA journal_mode = DELETE")
 
     def _refuse_others(self, name: str, checkpoint: str, size: int) -> None:
         rows = self._db.execute(
@@ -442,3 +449,26 @@ class Voiceprints:
         rows = self._db.execute("SELECT name FROM voices ORDER BY name COLLATE NOCASE")
         names = ", ".join(known for (known,) in rows.fetchall())
         return f"{name}: nobody of that name is enrolled; there is {names or 'no voice yet'}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a file that only its owner can read in the place of what is there, in one step.
+
+    Raises:
+        OSError: what is there is as it was.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text)  # a pipe, say
+        return
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, name = mkstemp(dir=path.parent, prefix=".")
+    beside = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ speaker and move nothing. After every turn the past is looked at again: two spea
 to be one (merged), a turn may turn out to be another's (split).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -18,6 +18,7 @@ from stream.clock import FRAME_RATE
 from stream.tracks.settings import SpeakersSettings, hops
 
 Vector = NDArray[np.float64]
+Distinct = Callable[[int, int], bool]
 
 TOLD: Final = 4096
 """Turns of one speaker that a merge or a name is told of: the latest, of a day of meetings."""
@@ -186,10 +187,14 @@ class Clusters:
         ]
         return max(scores, default=None)
 
-    def review(self) -> list[Revision]:
-        """Looks at the past again; applies and returns what changed, merges first."""
-        revisions = self._merge_alike()
-        revisions.extend(self._split())
+    def review(self, distinct: Distinct | None = None) -> list[Revision]:
+        """Looks at the past again; applies and returns what changed, merges first.
+
+        Args:
+            distinct: Which labels are two, however alike their voices.
+        """
+        revisions = self._merge_alike(distinct)
+        revisions.extend(self._split(distinct))
         self._trim()
         return revisions
 
@@ -320,7 +325,7 @@ class Clusters:
             if self.label(number) == other
         )
 
-    def _merge_alike(self) -> list[Revision]:
+    def _merge_alike(self, distinct: Distinct | None) -> list[Revision]:
         revisions: list[Revision] = []
         while True:
             labels, centroids = self._centroids(self._merge)
@@ -331,9 +336,10 @@ class Clusters:
                 for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
             )
             for _, target, source in pairs:
-                if not self.apart(source, target):
-                    revisions.append(self.merge(source, target))
-                    break
+                if self.apart(source, target) or (distinct and distinct(source, target)):
+                    continue
+                revisions.append(self.merge(source, target))
+                break
             else:
                 return revisions
 
@@ -348,16 +354,19 @@ class Clusters:
         matrix = np.stack(totals) if totals else np.zeros((0, 0))
         return labels, matrix / np.maximum(np.linalg.norm(matrix, axis=-1, keepdims=True), 1e-9)
 
-    def _split(self) -> list[Revision]:
+    def _split(self, distinct: Distinct | None) -> list[Revision]:
         """Moves past turns that are clearly nearer to a speaker other than theirs."""
-        settings = self.settings
+        settings, speakers = self.settings, self.state.speakers
         moved: dict[tuple[int, int], list[int]] = {}
         for number in self._strays():
             past = self.state.past[number]
             rivals = self.rivals(number, past.beside) | {past.label}
+            if distinct and len(speakers[past.label].turns) == 1:
+                # Its only turn would take the speaker along: as good as merged.
+                rivals |= {label for label in speakers if distinct(past.label, label)}
             scores = [
                 (self._score(past.vector, label), -label)
-                for label, speaker in self.state.speakers.items()
+                for label, speaker in speakers.items()
                 if label not in rivals and speaker.evidence >= self._sure
             ]
             if not scores:
@@ -373,9 +382,8 @@ class Clusters:
                 if past.evidence >= self._sure and score >= settings.same_threshold:
                     past.weight = min(past.evidence, float(self._share))
                 self._note(past)
-                speaker = self.state.speakers[label]
-                speaker.turns.sort()
-                if source not in self.state.speakers:
+                speakers[label].turns.sort()
+                if source not in speakers:
                     self.state.retired.append(source)
                 moved.setdefault((source, label), []).append(number)
         return [

@@ -503,7 +503,8 @@ class Turns:
 
     def _review(self, ended: Run) -> list[Event]:
         events = list[Event]()
-        for revision in self.clusters.review():
+        distinct = None if self.voices is None else self.voices.named_apart
+        for revision in self.clusters.review(distinct):
             events.extend(self._revise(revision))
         if self.voices is not None:
             self.voices.keep(self.clusters.state.speakers)

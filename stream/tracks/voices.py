@@ -24,17 +24,19 @@ class Gallery:
         names: One a person.
         vectors: [people, E] each person's mean embedding, as the x-vector head gives it.
         cohort: [others, E] voices that are nobody's here: what a score means is measured by them.
+        left_out: Enrolled people who cannot be looked for with this checkpoint.
     """
 
     names: tuple[str, ...]
     vectors: NDArray[np.float32]
     cohort: NDArray[np.float32] | None = None
+    left_out: tuple[str, ...] = ()
 
     def same(self, other: "Gallery | None") -> bool:
         """Whether these are the same people with the same voices, beside the same cohort."""
         return (
             other is not None
-            and self.names == other.names
+            and (self.names, self.left_out) == (other.names, other.left_out)
             and np.array_equal(self.vectors, other.vectors)
             and self.cohort is other.cohort
         )
@@ -200,6 +202,11 @@ class Voices:
             if other != label and verdict.identity == name:
                 return other
         return None
+
+    def named_apart(self, one: int, other: int) -> bool:
+        """Whether a listener gave the two labels different names."""
+        verdicts = [self.state.verdicts.get(label) for label in (one, other)]
+        return len({each.identity for each in verdicts if each is not None and each.given}) == 2
 
     def observe(
         self,

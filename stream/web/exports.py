@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from sinks import RttmSettings, SrtSettings, VttSettings
-from sinks.events import Event, TranscriptFinal, parse
+from sinks.events import Event, SpeakerRevised, TranscriptFinal, Word, parse
 from sinks.roster import Roster
 from sinks.sink import SinkSettings
 from stream.feed import Line
@@ -23,6 +23,9 @@ KINDS: Final = {
     "txt": "text/plain; charset=utf-8",
 }
 """Name → media type."""
+
+_BARE: Final = {"vtt": b"WEBVTT\n\n"}
+"""What a form is with nothing to say, if that is not nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +71,38 @@ def export(form: str, lines: Sequence[Line]) -> Export:
     return Export(data, kept_from)
 
 
+@dataclass(slots=True)
+class _Said:
+    """A word, the label it has by the revisions so far, and its turn."""
+
+    word: Word
+    label: str
+    turn_id: str | None
+
+
 def text(events: Sequence[Event]) -> str:
     """Finals of a session → "name: words" lines, one a stretch of one speaker's words."""
     roster = Roster()
+    said: list[_Said] = []
     for event in events:
+        if isinstance(event, SpeakerRevised):
+            revision = roster.revision(event)
+            for each in said:
+                word = each.word
+                if revision.concerns(each.label, each.turn_id, word.start, word.end):
+                    each.label = event.to_label
         roster.update(event)
-    words = [word for event in events if isinstance(event, TranscriptFinal) for word in event.words]
+        if isinstance(event, TranscriptFinal):
+            said += [_Said(word, word.speaker or "?", event.turn_id) for word in event.words]
     lines = [
-        f"{roster.name(who) if who else '?'}: {' '.join(word.word for word in said)}\n"
-        for who, said in groupby(words, key=lambda word: word.speaker)
+        f"{who}: {' '.join(each.word.word for each in stretch)}\n"
+        for who, stretch in groupby(said, key=lambda each: roster.name(each.label))
     ]
     return "".join(lines)
 
 
 def _written(form: str, events: Sequence[Event]) -> bytes:
-    """What the sink of that form writes of these events."""
+    """What the sink of that form writes of these events; of too little it makes no file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"session.{form}"
         settings: SinkSettings
@@ -93,7 +113,7 @@ def _written(form: str, events: Sequence[Event]) -> bytes:
         else:
             settings = SrtSettings(path=path)
         asyncio.run(_write(settings, events))
-        return path.read_bytes()
+        return path.read_bytes() if path.exists() else _BARE.get(form, b"")
 
 
 async def _write(settings: SinkSettings, events: Sequence[Event]) -> None:

@@ -58,7 +58,10 @@ class People:
     async def voices(self, request: Request) -> Response:
         """Names of the enrolled people."""
         del request
-        return JSONResponse({"voices": await self._desk.voices()})
+        try:
+            return JSONResponse({"voices": await self._desk.voices()})
+        except VoiceprintError as error:
+            return JSONResponse({"error": str(error)}, 503)
 
 
 def _naming(body: Any) -> _Naming:

@@ -168,6 +168,25 @@ async def test_back_off_doubles_up_to_a_bound_with_jitter(fanout: Make, clock: C
     assert len(set(waits)) == 8
 
 
+async def test_a_file_is_tried_again_within_five_seconds(fanout: Make, clock: Clock) -> None:
+    class File(Recorder, frozen=True):
+        path: Path = Path("events.jsonl")
+
+    talk, file, broker = Talk(), File(), recorder()
+    file._gate.set()
+    for sink in (file, broker):
+        sink._send_errors.extend(SinkError("disk full") for _ in range(12))
+    waits = {}
+    for name, sink in (("file", file), ("broker", broker)):
+        clock.asked.clear()
+        async with fanout({name: sink}) as out:
+            await out.publish(talk.warning())
+            await clock.advance(1000.0)
+        waits[name] = max(seconds for seconds in clock.asked if seconds < LONG)
+    assert 2 <= waits["file"] <= 4
+    assert 15 <= waits["broker"] <= 30
+
+
 async def test_a_lost_connection_is_opened_again_and_nothing_is_lost(
     fanout: Make, clock: Clock
 ) -> None:

@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
 from stream.clock import SAMPLE_RATE
-from stream.voiceprints import Voiceprints
+from stream.voiceprints import VoiceprintError, Voiceprints
 from tests.stream.conftest import speechlike
 from tests.stream.house import pcm, serving, until
+from tests.stream.test_server import Desk
 
 QUIET = {"session": {"heartbeat_s": 0}}
 TOKEN = "a-token-that-is-long-enough"
@@ -184,3 +186,23 @@ class TestCommand:
         assert code == 2
         assert "expected --enroll with them" in err
         assert len(err.splitlines()) == 1
+
+
+class TestUnreadable:
+    class Desk(Desk):
+        async def voices(self):
+            raise VoiceprintError("voices.db: cannot be used (disk I/O error)")
+
+        async def name_speaker(self, *_):
+            raise VoiceprintError("voices.db: cannot be used (database or disk is full)")
+
+    async def test_what_is_wrong_with_the_file_is_one_sentence(self):
+        async with self.Desk().serving() as (port, _), httpx.AsyncClient() as http:
+            url = f"http://127.0.0.1:{port}/v1"
+            names = await http.get(f"{url}/voices")
+            body = {"name": "Anna", "enrol": True}
+            kept = await http.put(f"{url}/sessions/s/speakers/S1", json=body)
+        assert names.status_code == 503
+        assert names.json() == {"error": "voices.db: cannot be used (disk I/O error)"}
+        assert kept.status_code == 409
+        assert kept.json() == {"error": "voices.db: cannot be used (database or disk is full)"}

@@ -64,6 +64,15 @@ class TestFile:
         assert modes.keys() >= {"outbox.db", "outbox.db-wal"}
         assert set(modes.values()) == {0o600}
 
+    async def test_a_second_owner_is_refused(self, tmp_path):
+        path = tmp_path / "outbox.db"
+        async with Outbox.open(path, ["a"]) as outbox:
+            outbox.append("a", "s:0", b"0")
+            with pytest.raises(SinkError, match=r"outbox\.db: is used by another process"):
+                async with Outbox.open(path, []):
+                    pass
+            assert len(await outbox.read("a", 0, 9)) == 1
+
     @pytest.mark.parametrize(
         ("statement", "got"),
         [

@@ -1,4 +1,9 @@
+import errno
+import json
+import os
+import sqlite3
 import stat
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -53,7 +58,17 @@ def test_another_checkpoint_is_refused(store):
     enrol(store, "Bo", 2, checkpoint="def")
     with pytest.raises(VoiceprintError, match=r"Bo: enrolled with another checkpoint than abc"):
         store.gallery("abc")
-    assert store.gallery("abc", strict=False).names == ("Ada",)
+    gallery = store.gallery("abc", strict=False)
+    assert (gallery.names, gallery.left_out) == (("Ada",), ("Bo",))
+
+
+def test_a_voice_of_another_size_is_not_looked_for(store):
+    enrol(store, "Ada", 1)
+    assert store.gallery("abc", size=192).names == ("Ada",)
+    gallery = store.gallery("abc", size=512, strict=False)
+    assert (gallery.names, gallery.left_out) == ((), ("Ada",))
+    with pytest.raises(VoiceprintError, match="Ada: enrolled with another checkpoint"):
+        store.gallery("abc", size=512)
 
 
 def test_what_cannot_be_a_voice_is_refused(store):
@@ -104,6 +119,64 @@ def test_forgotten_is_erased_from_the_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["voices.db"]
 
 
+def test_what_is_forgotten_is_in_no_journal_on_disk(tmp_path):
+    path, seen = tmp_path / "voices.db", set()
+    with Voiceprints.open(path) as store:
+        for name in ("Ada", "Bo"):
+            enrol(store, name, 1)
+        store._db.set_trace_callback(lambda _: seen.update(f.name for f in tmp_path.iterdir()))
+        store.forget("Ada")
+        assert seen == {"voices.db"}
+        enrol(store, "Cy", 2)
+        assert seen == {"voices.db", "voices.db-journal"}  # what is added outlives a crash
+
+
+class TestExport:
+    def test_only_its_owner_can_read_a_file_that_was_there(self, store, tmp_path):
+        enrol(store, "Ada", 1)
+        path = tmp_path / "voices.json"
+        path.write_text("an earlier copy")
+        path.chmod(0o644)
+        assert store.export(path) == 1
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert json.loads(path.read_text())["voices"][0]["name"] == "Ada"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_full_disk_leaves_the_earlier_copy(self, store, tmp_path, monkeypatch):
+        enrol(store, "Ada", 1)
+        path = tmp_path / "voices.json"
+        path.write_text("an earlier copy")
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(VoiceprintError, match=r"voices.json: cannot be written \(No space"):
+            store.export(path)
+        assert path.read_text() == "an earlier copy"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_pipe_is_written_to(self, store, tmp_path):
+        enrol(store, "Ada", 1)
+        reading, writing = os.pipe()
+        with os.fdopen(reading) as reader:
+            store.export(Path(f"/dev/fd/{writing}"))
+            os.close(writing)
+            assert json.loads(reader.read())["voices"][0]["name"] == "Ada"
+
+    def test_a_value_that_no_embedding_has_is_refused(self, store, tmp_path):
+        enrol(store, "Ada", 1)
+        path = tmp_path / "voices.json"
+        store.export(path)
+        exported = json.loads(path.read_text())
+        exported["voices"][0] |= {"name": "Bo"}
+        exported["voices"][0]["clips"][0]["embedding"][3] = 3e39
+        path.write_text(json.dumps(exported))
+        with pytest.raises(VoiceprintError, match=r"voices.0.clips.0.embedding.3: Input should be"):
+            store.take_in(path)
+        assert [voice.name for voice in store.voices()] == ["Ada"]
+
+
 def test_expired_voices_are_erased_when_the_store_opens(tmp_path):
     path = tmp_path / "voices.db"
     with Voiceprints.open(path, now=NOW) as store:
@@ -142,9 +215,34 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
         pass
 
 
-def test_a_store_of_a_newer_version_is_refused(tmp_path):
-    import sqlite3
+def test_a_page_that_is_damaged_is_said(tmp_path):
+    path = tmp_path / "voices.db"
+    with Voiceprints.open(path) as store:
+        enrol(store, "Ada", 1)
+    with closing(sqlite3.connect(path)) as database:
+        (page,) = database.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'clips'"
+        ).fetchone()
+    content = bytearray(path.read_bytes())
+    content[4096 * (page - 1) : 4096 * page] = b"\xff" * 4096
+    path.write_bytes(content)
+    with (
+        pytest.raises(VoiceprintError, match=r"voices.db: cannot be used \(.*malformed"),
+        Voiceprints.open(path) as store,
+    ):
+        store.gallery("abc")
 
+
+def test_a_disk_without_room_is_said(tmp_path):
+    with (
+        pytest.raises(VoiceprintError, match=r"voices.db: cannot be used \(.*full"),
+        Voiceprints.open(tmp_path / "voices.db") as store,
+        closing(store._db.execute("PRAGMA max_page_count = 1")),  # no more than there are
+    ):
+        enrol(store, "Ada", 1, consent="a long note " * 1000)
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "voices.db"
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 9")

@@ -87,6 +87,15 @@ def test_two_who_talked_at_once_are_never_merged():
     assert [revision.reason for revision in clusters.review()] == ["merged"]
 
 
+def test_labels_that_are_known_to_be_two_are_never_merged():
+    clusters = Clusters(SETTINGS)
+    clusters.decide(1, PEOPLE[0], 100, {})
+    clusters.decide(2, between(0, 1, 0.4), 60, {})
+    clusters.decide(3, between(0, 1, 0.9), 100, {}, {2: 1.0})
+    assert clusters.review(lambda *labels: set(labels) == {1, 2}) == []
+    assert [revision.reason for revision in clusters.review()] == ["merged"]
+
+
 def test_a_past_turn_moves_to_a_clearly_nearer_speaker():
     clusters = Clusters(SETTINGS)
     clusters.decide(1, PEOPLE[0], 200, {})

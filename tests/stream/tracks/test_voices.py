@@ -7,7 +7,7 @@ from stream.tracks.frames import Frames
 from stream.tracks.pipeline import Tracks
 from stream.tracks.settings import TracksSettings
 from stream.tracks.voices import Cohort, Gallery, Voices
-from tests.stream.tracks.scenes import Stamper, Talk, embed, scene, voices
+from tests.stream.tracks.scenes import Stamper, Talk, embed, scene, split, voices
 
 PEOPLE = voices(8)
 SETTINGS = TracksSettings()
@@ -107,6 +107,29 @@ def test_two_labels_of_one_person_become_one():
     assert [e.speaker.label for e in events if e.type == "turn.ended"] == ["S1", "S2", "S1"]
     merges = [e for e in events if e.type == "speaker.revised" and e.reason == "merged"]
     assert [(e.from_label, e.to_label, e.revision_of) for e in merges] == [("S2", "S1", ["T2"])]
+
+
+@pytest.mark.parametrize(
+    ("names", "merged"),
+    [(("Ada", "Bo"), False), (("Ada", "Ada"), True), (("Ada", None), True)],
+)
+def test_two_whom_a_listener_named_differently_stay_two(names, merged):
+    people = np.zeros((3, 24))
+    people[0, 0] = people[1, 1] = 1
+    people[2, :2] = 0.5**0.5  # joins the other two
+    people[0, 1] = people[1, 0] = 0.3
+    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.8}})
+    tracks = Tracks(config, embed=embed, stamp=Stamper())
+    talks = [Talk(0, 10, 130), Talk(1, 150, 280), Talk(2, 300, 700), Talk(1, 800, 900)]
+    before, after = split(scene(talks, 1000, people=people, noise=0.02), [290])
+    tracks.step(before)
+    for number, name in enumerate(names, start=1):
+        if name is not None:
+            tracks.name(number, name)
+    events = tracks.step(after)
+    revisions = [event.reason for event in events if event.type == "speaker.revised"]
+    assert ("merged" in revisions) == merged
+    assert (tracks.speaker("S2") is None) == merged
 
 
 def test_the_mean_is_taken_off_both_sides():
