@@ -17,7 +17,7 @@ from stream.batcher import Ready
 from stream.clock import SAMPLE_RATE
 from stream.inference import EngineError, EngineSettings, Floats, Inference, Loaded
 from stream.tracks.frames import Frames
-from stream.worker import POSSIBLE, Worker
+from stream.worker import ENDS_WITHIN_S, POSSIBLE, Worker
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +69,7 @@ class Engine:
         self.slots = settings.slots or max(streams, 1)
         self._apart = apart and POSSIBLE
         self._thread: _Thread | None = None
+        self._ends_within_s = ENDS_WITHIN_S
         self._inference: Inference | Worker
         self.loaded: Loaded
         self._free: list[int] = []
@@ -82,10 +83,10 @@ class Engine:
         """
         async with contextlib.AsyncExitStack() as stack:
             thread = _Thread("inference")
-            stack.push_async_callback(thread.stop)
+            stack.push_async_callback(lambda: thread.stop(self._ends_within_s))
             if self._apart:
                 worker = await Worker.start()
-                stack.push_async_callback(worker.close)
+                stack.push_async_callback(lambda: worker.close(self._ends_within_s))
                 self._inference = await thread.run(lambda: worker.open(self.settings, self.slots))
             else:
                 self._inference = await thread.run(lambda: Inference(self.settings, self.slots))
@@ -140,6 +141,10 @@ class Engine:
         """Return once the inference has done what it was doing."""
         await self._call(self._inference.alive)
 
+    def abandon(self) -> None:
+        """What the inference does is of no use any more: closing does not wait for it."""
+        self._ends_within_s = 0.0
+
     @property
     def active(self) -> int:
         """Slots in use."""
@@ -154,6 +159,7 @@ class Engine:
 
         Raises:
             ValueError: a slot that is not taken, or taken twice, or a chunk of another length.
+            EngineError: nothing can be computed any more, for any stream.
         """
         slots = [ready.slot for ready in batch]
         if unknown := [slot for slot in slots if slot not in self._taken]:
@@ -218,7 +224,11 @@ class Engine:
 
     async def _call(self, call: Callable[[], T]) -> T:
         assert self._thread is not None, "the engine is not open"
-        return await self._thread.run(call)
+        try:
+            return await self._thread.run(call)
+        except EngineError:
+            self.abandon()
+            raise
 
 
 class _Thread:
@@ -257,10 +267,10 @@ class _Thread:
         self._calls.put(serve)
         return await future
 
-    async def stop(self) -> None:
-        """Let the current call finish, within reason."""
+    async def stop(self, within_s: float) -> None:
+        """Let the current call finish, for so long."""
         self._calls.put(None)
-        await asyncio.to_thread(self._thread.join, 5.0)
+        await asyncio.to_thread(self._thread.join, within_s)
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:

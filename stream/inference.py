@@ -7,7 +7,8 @@ import.
 import hashlib
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from model.encoder import PreTrainedModel
     from model.streaming import Pass, StreamingModel
+
+log = structlog.get_logger(__name__)
 
 Floats = NDArray[np.float32]
 
@@ -45,7 +49,7 @@ _ORIGIN: Final = struct.Struct("<q")
 
 
 class EngineError(Exception):
-    """The engine cannot be opened: what was given and what was expected."""
+    """The engine cannot be opened, or cannot go on: what there is and what was expected."""
 
 
 class EngineSettings(BaseModel):
@@ -138,19 +142,26 @@ class Inference:
         slots: How many streams there is room for.
 
     Raises:
-        EngineError: a checkpoint, a device or a combination of them that cannot run.
+        EngineError: a checkpoint, a device or a combination of them that cannot run. From every
+            method: the device failed, and nothing can be computed any more.
     """
 
     def __init__(self, settings: EngineSettings, slots: int) -> None:
         import torch
 
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._device = _device(settings.device)
+        self._origin = [0] * slots  # stream-clock sample of each slot's frame 0
+        self._fits = settings.max_batch  # streams that the device has the memory to step at a time
+        with self._device_errors():
+            self._set_up(settings)
+
+    def _set_up(self, settings: EngineSettings) -> None:
         from model.checkpoint import CheckpointError
         from model.state import Window
         from model.streaming import StreamingModel
 
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        self._device = _device(settings.device)
         paths = _expand(settings.checkpoint)
         try:
             opened = [_open(path, self._device) for path in paths]
@@ -173,61 +184,139 @@ class Inference:
                 f"got {model.config.inputs_to_logits_ratio}"
             )
         self._model = model
-        self._origin = [0] * slots  # stream-clock sample of each slot's frame 0
         self.loaded = _facts(opened, model, self._device)
-        self._state = model.zeros(slots)
-        self._warm_up(min(slots, settings.max_batch))
+        self._state = model.zeros(len(self._origin))
+        self._tensors = [tensor for _, tensor in self._state.tensors()]
+        self._no_frame = self._warm_up(min(len(self._origin), settings.max_batch))
 
     def step(self, batch: Sequence[Ready]) -> tuple[list[Frames], float]:
-        """One step for every stream of the batch → their frames, and the seconds it took."""
+        """One step for every stream of the batch → their frames, and the seconds it took.
+
+        Several steps, where the device has not enough memory for one. Who was in a step that broke
+        off when it had begun to write loses this chunk, and begins afresh (`Frames.nonfinite`).
+        """
         import torch
 
         began = perf_counter()
-        with torch.inference_mode():
-            frames = self._advance(batch)
+        with self._device_errors(), torch.inference_mode():
+            self._begin(batch)
+            frames = self._in_parts(batch)
         return frames, perf_counter() - began
 
     def freeze(self, slot: int) -> Callable[[], bytes]:
         """See `Engine.freeze`."""
         origin = _ORIGIN.pack(self._origin[slot])
-        saved = self._state.freeze(slot)
+        with self._device_errors():
+            saved = self._state.freeze(slot)
         return lambda: origin + saved()
 
     def load(self, slot: int, data: bytes) -> None:
         """See `Engine.load`."""
         if len(data) < _ORIGIN.size:
             raise ValueError(f"expected the bytes of a saved slot, got {len(data)} bytes")
-        self._state.load(slot, data[_ORIGIN.size :])
+        with self._device_errors():
+            self._state.load(slot, data[_ORIGIN.size :])
         self._origin[slot] = _ORIGIN.unpack_from(data)[0]
 
     def alive(self) -> None:
         """Returns: who can call this does not wait for a step that hangs."""
 
-    def _warm_up(self, largest: int) -> None:
+    @contextmanager
+    def _device_errors(self) -> Generator[None]:
+        """What torch raises when the device cannot go on → one sentence."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"{self._device} has not enough memory for {len(self._origin)} streams; "
+                "lower server.max_streams or engine.slots, or set engine.device: cpu"
+            ) from error
+        except RuntimeError as error:
+            # The type since torch 2.8, the text before.
+            fatal = isinstance(error, getattr(torch, "AcceleratorError", ()))
+            if not fatal and not str(error).startswith("CUDA error"):
+                raise
+            what = str(error).partition("\n")[0]
+            raise EngineError(f"{self._device} cannot compute any more ({what})") from error
+
+    def _warm_up(self, largest: int) -> "_Heads":
         """Steps of silence: allocators and kernels are ready before the first stream.
 
         A size of batch that is new costs time and, from then on, memory for its kernels; a slot
         that is new costs its state. A machine with too little of it shows it now and not when the
         last caller comes, and later streams make the process no larger.
+
+        Returns:
+            What the heads say of no frame.
         """
         import torch
 
-        for streams in (1, *range(1, min(largest, WARM) + 1), largest):
+        def heard(streams: int) -> _Heads:
             silence = torch.zeros(streams, self._model.chunk_samples)
-            self._model.step(silence, self._state, torch.arange(streams))
-        # Zeros that were never written are no memory yet.
-        self._state.reset(torch.arange(len(self._origin), device=self._device))
+            result = self._model.step(silence, self._state, torch.arange(streams))
+            return _Heads.of(result, self._model)
 
-    def _advance(self, batch: Sequence[Ready]) -> list[Frames]:
+        with torch.inference_mode():
+            for streams in (1, *range(1, min(largest, WARM) + 1)):
+                heard(streams)
+            heads = heard(largest)
+            # Zeros that were never written are no memory yet.
+            self._state.reset(torch.arange(len(self._origin), device=self._device))
+        return heads.row(0).cut(0, 0)
+
+    def _begin(self, batch: Sequence[Ready]) -> None:
+        """Reset the slots whose streams begin."""
         import torch
 
-        slots = torch.tensor([ready.slot for ready in batch])
         fresh = [ready.slot for ready in batch if ready.first]
         if fresh:
             self._state.reset(torch.tensor(fresh, device=self._device))
         for ready in batch:
             if ready.first:
                 self._origin[ready.slot] = ready.start
+
+    def _in_parts(self, batch: Sequence[Ready]) -> list[Frames]:
+        """A step, or one for each half of the batch where the device has no memory for the whole.
+
+        How many streams it had memory for is remembered: a step that breaks off may cost all of
+        them a chunk, and the next batch as large would break off as well.
+        """
+        import torch
+
+        if len(batch) == 1 or len(batch) <= self._fits:
+            written = self._written()
+            try:
+                return self._advance(batch)
+            except torch.OutOfMemoryError:
+                fits = len(batch) // 2
+            # Not above: the error holds the tensors of the step.
+            torch.cuda.empty_cache()
+            if fits < self._fits:
+                self._fits = fits
+                log.warning("not enough memory on the device", streams=len(batch), at_a_time=fits)
+            if len(batch) == 1 or self._written() != written:
+                return [self._lost(ready) for ready in batch]
+        half = len(batch) // 2
+        return self._in_parts(batch[:half]) + self._in_parts(batch[half:])
+
+    def _written(self) -> int:
+        """Another number after every write into the state; a step writes all along its way."""
+        return sum(tensor._version for tensor in self._tensors)
+
+    def _lost(self, ready: Ready) -> Frames:
+        """Nothing of this slot can be trusted: its stream begins afresh after the chunk."""
+        import torch
+
+        self._state.reset(torch.tensor([ready.slot], device=self._device))
+        at = self._origin[ready.slot] = ready.start + self._model.chunk_samples
+        return self._no_frame.frames(at, self._model.voice_delay, nonfinite=True)
+
+    def _advance(self, batch: Sequence[Ready]) -> list[Frames]:
+        import torch
+
+        slots = torch.tensor([ready.slot for ready in batch])
         samples = np.stack([ready.samples for ready in batch])
         with np.errstate(invalid="ignore"):
             samples[~(np.abs(samples) <= LOUDEST)] = np.nan  # also what is NaN already
@@ -245,8 +334,6 @@ class Inference:
         self, ready: Ready, heads: "_Heads", start: int, reset: bool, mask: NDArray[np.bool_]
     ) -> Frames:
         """One row of a pass → its frames on the stream's clock, those that exist."""
-        import torch
-
         if reset:
             self._origin[ready.slot] = ready.start
         exist = np.flatnonzero(mask)
@@ -255,11 +342,7 @@ class Inference:
         first = start + begin if len(exist) else max(start, 0)
         heads = heads.cut(begin, end)
         if not heads.finite:
-            # An overflow inside the model: nothing of this slot can be trusted any more.
-            self._state.reset(torch.tensor([ready.slot], device=self._device))
-            self._origin[ready.slot] = ready.start + self._model.chunk_samples
-            heads = heads.cut(0, 0)
-            return heads.frames(self._origin[ready.slot], self._model.voice_delay, nonfinite=True)
+            return self._lost(ready)  # an overflow inside the model
         at = self._origin[ready.slot] + first * HOP
         return heads.frames(at, self._model.voice_delay, nonfinite=reset)
 

@@ -27,6 +27,10 @@ POSSIBLE: Final = os.name == "posix"
 """A child inherits one end of the line; elsewhere there is no such thing."""
 
 ENDS_WITHIN_S: Final = 5.0
+"""How long what the model does may take when nobody needs it any more."""
+
+KILLED_WITHIN_S: Final = 1.0
+"""A driver that hangs may keep a process from ending even then."""
 
 _CHILD: Final = "import sys; sys.path[:] = {path!r}; from stream.worker import serve; serve({fd})"
 """What it runs: from the same folders as its parent, and not from where it was started."""
@@ -103,16 +107,16 @@ class Worker:
         """See `Inference.alive`."""
         self._ask("alive")
 
-    async def close(self) -> None:
+    async def close(self, within_s: float = ENDS_WITHIN_S) -> None:
         """Let it finish what it does, within reason, and end it."""
         self._line.close()
-        try:
-            async with asyncio.timeout(ENDS_WITHIN_S):
-                await self._process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+        for patience_s in (within_s, KILLED_WITHIN_S):
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._process.wait()
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
 
     def _ask(self, name: str, *given: object) -> Any:
         try:

@@ -1,6 +1,8 @@
 import asyncio
+import pkgutil
 import shutil
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -111,6 +113,139 @@ async def test_a_stream_is_the_same_alone_and_beside_a_neighbour_fed_nonsense(ch
     for head in ("activity", "voice", "ctc"):
         np.testing.assert_allclose(joined(alone, head), joined(beside, head), rtol=1e-5, atol=1e-5)
     assert reset >= 3
+
+
+def short_of_memory(monkeypatch, method, fits):
+    """From now on it runs out of memory unless ``fits`` says yes to the slots → those it is given.
+
+    Methods have a step's slots as their last argument but ``valid``.
+    """
+    import torch
+
+    whole, tried = pkgutil.resolve_name(method), []
+
+    def limited(model, rows, state, slots, *valid):
+        tried.append(slots.tolist())
+        if not fits(slots.tolist()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(model, rows, state, slots, *valid)
+
+    monkeypatch.setattr(method, limited)
+    return tried
+
+
+async def together(engine, streams):
+    """Streams of equal length, a batch of all at a time → the frames of each."""
+    steps = zip(*(readies(engine, slot, samples) for slot, samples in streams), strict=True)
+    batches = [await engine.run(batch) for batch in steps]
+    return [list(frames) for frames in zip(*batches, strict=True)]
+
+
+def close(some, others):
+    for head in ("activity", "voice", "ctc"):
+        np.testing.assert_allclose(joined(some, head), joined(others, head), rtol=1e-5, atol=1e-5)
+
+
+WHOLE_STEP = "model.streaming.StreamingModel.step"
+LAST_HEAD = "model.heads.UniSpeechSatForXVector.step"
+
+
+async def test_a_batch_without_enough_memory_is_computed_in_halves(checkpoint, monkeypatch):
+    async with Engine(settings(checkpoint), streams=4) as engine:
+        streams = [(engine.acquire(), speechlike(16_000, seed)) for seed in range(4)]
+        whole = await together(engine, streams)
+        tried = short_of_memory(monkeypatch, WHOLE_STEP, lambda slots: len(slots) <= 2)
+        parts = await together(engine, streams)
+    for one, other in zip(parts, whole, strict=True):
+        assert not any(frames.nonfinite for frames in one)
+        assert [frames.start for frames in one] == [frames.start for frames in other]
+        close(one, other)
+    assert tried[:3] == [[0, 1, 2, 3], [0, 1], [2, 3]]
+    assert max(map(len, tried[1:])) == 2  # it is known by now
+
+
+async def test_a_step_that_breaks_off_amid_its_writes_costs_its_streams_a_chunk(
+    checkpoint, monkeypatch
+):
+    async with Engine(settings(checkpoint), streams=4) as engine:
+        size = engine.loaded.chunk_samples
+        streams = [(engine.acquire(), speechlike(20_000, seed)) for seed in range(4)]
+        after = [(slot, samples[3 * size :]) for slot, samples in streams]
+        expected = await together(engine, after)
+        steps = list(zip(*(readies(engine, *stream) for stream in streams), strict=True))
+        for batch in steps[:2]:
+            await engine.run(batch)
+        short_of_memory(monkeypatch, LAST_HEAD, lambda slots: len(slots) <= 2)
+        lost, *batches = [await engine.run(batch) for batch in steps[2:]]
+    for frames in lost:
+        assert (frames.nonfinite, frames.rows, frames.start) == (True, 0, 3 * size)
+    for one, other in zip(zip(*batches, strict=True), expected, strict=True):
+        assert not any(frames.nonfinite for frames in one)
+        assert [frames.start - 3 * size for frames in one] == [frames.start for frames in other]
+        close(one, other)
+
+
+async def test_a_stream_that_never_fits_is_a_gap_and_its_neighbours_notice_nothing(
+    checkpoint, monkeypatch
+):
+    async with Engine(settings(checkpoint), streams=4) as engine:
+        streams = [(engine.acquire(), speechlike(16_000, seed)) for seed in range(4)]
+        whole = await together(engine, streams)
+        short_of_memory(monkeypatch, WHOLE_STEP, lambda slots: 3 not in slots)
+        monkeypatch.setattr("stream.inference.log", log := Mock())
+        *neighbours, starved = await together(engine, streams)
+    assert all(frames.nonfinite and not frames.rows for frames in starved)
+    for one, other in zip(neighbours, whole[:3], strict=True):
+        assert not any(frames.nonfinite for frames in one)
+        close(one, other)
+    said = [call.kwargs["streams"] for call in log.warning.call_args_list]
+    assert said == [4, 2, 1]  # and not for every chunk
+
+
+@pytest.mark.parametrize("kind", ["AcceleratorError", "RuntimeError"])
+async def test_a_device_that_fails_is_one_clear_error(checkpoint, monkeypatch, kind):
+    import torch
+
+    def fails(*_):
+        raise getattr(torch, kind, RuntimeError)("CUDA error: unspecified launch failure\nDebug it")
+
+    async with Engine(settings(checkpoint)) as engine:
+        (first, *_) = readies(engine, engine.acquire(), speechlike(16_000))
+        for method in (WHOLE_STEP, "model.state.Slots.freeze", "model.state.Slots.load"):
+            monkeypatch.setattr(method, fails)
+        for call in (engine.run([first]), engine.freeze(0), engine.load(0, bytes(9))):
+            with pytest.raises(EngineError, match="cannot compute any more") as caught:
+                await call
+            assert str(caught.value).endswith("(CUDA error: unspecified launch failure)")
+
+
+async def test_what_no_device_says_is_no_error_of_the_engine(checkpoint, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a fault of ours")
+
+    async with Engine(settings(checkpoint)) as engine:
+        (first, *_) = readies(engine, engine.acquire(), speechlike(16_000))
+        monkeypatch.setattr(WHOLE_STEP, fails)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            await engine.run([first])
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["model.checkpoint.load_pretrained", "model.streaming.StreamingModel.zeros", WHOLE_STEP],
+)
+async def test_a_device_too_small_for_the_streams_says_what_to_lower(
+    checkpoint, monkeypatch, method
+):
+    import torch
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(method, fails)
+    with pytest.raises(EngineError, match=r"memory for 3 streams; lower server\.max_streams"):
+        async with Engine(settings(checkpoint), streams=3):
+            pass
 
 
 async def test_after_nonsense_a_slot_begins_afresh_at_that_chunk(checkpoint):

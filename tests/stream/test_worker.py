@@ -23,7 +23,9 @@ from tests.stream.conftest import speechlike
 from tests.stream.house import House, free_port
 from tests.stream.test_daemon import config
 from tests.stream.test_engine import heard, readies, settings
-from tests.stream.test_operations import until_up
+from tests.stream.test_operations import hung, systemd, until_up
+
+__all__ = ["systemd"]
 
 
 def workers(parent: int | None = None) -> list[int]:
@@ -95,7 +97,7 @@ async def test_what_a_process_survives_and_what_not(checkpoint, capfd):
         with pytest.raises(RuntimeError, match="AttributeError") as caught:
             await engine._call(lambda: engine._inference.step(["nonsense"]))
         assert "in the model's process" in caught.value.__notes__[0]
-        assert "_advance" in caught.value.__notes__[0]
+        assert "_begin" in caught.value.__notes__[0]
         with pytest.raises(RuntimeError):
             await engine._call(lambda: engine._inference.load(slot, Said()))
         *_, line = capfd.readouterr().err.splitlines()
@@ -126,6 +128,18 @@ async def test_a_daemon_ends_with_the_process_of_its_model(checkpoint):
     os.kill(pid, signal.SIGKILL)
     with pytest.RaisesGroup(pytest.RaisesExc(WorkerLost, match="was ended by SIGKILL")):
         await running
+
+
+async def test_a_daemon_ends_though_the_process_of_its_model_hangs(
+    checkpoint, systemd, monkeypatch, tmp_path
+):
+    async def hang():
+        (pid,) = await ours()
+        os.kill(pid, signal.SIGSTOP)
+
+    file = tmp_path / "events.jsonl"
+    await hung(checkpoint, systemd, monkeypatch, file, hang, apart=True)
+    assert await ours() == []
 
 
 async def test_a_parent_loads_no_torch_and_its_process_ends_with_it_however(checkpoint, tmp_path):
