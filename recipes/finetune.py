@@ -34,13 +34,14 @@ from recipes.objectives import (
     pit_loss,
     presence_loss,
     reading_loss,
+    softened,
 )
 from recipes.reader import content_statistics
 from recipes.rooms import load as load_rooms
 from recipes.settings import Settings, from_arguments, override
 from recipes.simulate import Acoustics, Conversation, Scene, Simulator
 from recipes.student import Outputs, Shape, Student
-from recipes.teachers import Campplus, filterbank, mel_filters
+from recipes.teachers import Campplus, Segmentation, filterbank, mel_filters
 
 
 class Weights(Settings):
@@ -65,6 +66,8 @@ class Finetune(Settings):
     Attributes:
         data: folder of stage 1.
         campplus: the teacher's state dict: its last layer starts ours; none, and it is random.
+        segmentation: the activity teacher's state dict; none, and activity is the exact one alone.
+        soft: its share of the activity to be learnt, in scenes of ten seconds at most.
         run: folder of the checkpoint and the log.
         start: exported folder or checkpoint whose weights the run starts from, but for the x-vector
             head's last layer, which starts from the teacher; none, and it starts anew. Layers that
@@ -101,6 +104,8 @@ class Finetune(Settings):
 
     data: Path
     campplus: Path | None
+    segmentation: Path | None = None
+    soft: float = 0.5
     run: Path
     start: Path | None = None
     first_step: int = 0
@@ -300,6 +305,9 @@ class Run:
         self.student = Student(settings.shape)
         self.mel = nn.Linear(settings.shape.conv_dim[-1], 80)
         self.mel_filters = mel_filters()
+        self.segmentation = (
+            None if settings.segmentation is None else Segmentation(settings.segmentation)
+        )
         self.content = nn.Linear(settings.shape.width, CONTENT_CHANNELS)
         if self.corpus.content is not None:
             self.content_statistics = content_statistics(self.corpus)
@@ -340,11 +348,11 @@ class Run:
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Every loss of a batch by name, not yet weighted."""
         targets = self.targets
-        activity = out.activity.float()
+        activity, wanted = out.activity.float(), self.activity(batch)
         losses = {
-            "activity": pit_loss(activity, batch.activity),
-            "hint": hint_loss(activity, batch.activity, targets.order(batch.utterances)),
-            "presence": presence_loss(activity, batch.activity),
+            "activity": pit_loss(activity, wanted),
+            "hint": hint_loss(activity, wanted, targets.order(batch.utterances)),
+            "presence": presence_loss(activity, wanted),
             "ctc": ctc_loss(out.characters, batch.texts),
         }
         where = batch.rows >= 0
@@ -368,6 +376,14 @@ class Run:
             energies = energies[:, : out.features.shape[1]] / 4
             losses["mel"] = F.mse_loss(self.mel(out.features).float(), energies)
         return losses
+
+    def activity(self, batch: Batch) -> Tensor:
+        """Who talks, as it is to be learnt.  → [B, T, 3]"""
+        exact = batch.activity.float()
+        if self.segmentation is None or batch.wave.shape[1] > Segmentation.samples:
+            return exact
+        taught = self.segmentation.activity(batch.wave.cpu(), exact.shape[1])
+        return softened(exact, taught.to(exact.device), self.settings.soft)
 
     def content_losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Losses to the content teacher and to its reader, where one speaker talks or none.

@@ -39,12 +39,24 @@ def hint_loss(logits: Tensor, target: Tensor, order: Tensor) -> Tensor:
 def presence_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of "somebody speaks", which no permutation touches.  [B, T, S] twice → [].
 
-    The probability that nobody speaks is the product of the outputs' complements.
+    The probability that nobody speaks is the product of the complements, of outputs and targets.
     """
     nobody = F.logsigmoid(-logits).sum(-1).clamp(min=-30, max=-1e-4)
     somebody = torch.log1p(-nobody.exp())
-    spoken = target.any(-1)
-    return -torch.where(spoken, somebody, nobody).mean()
+    silent = (1 - target.to(logits.dtype)).prod(-1)
+    return -(silent * nobody + (1 - silent) * somebody).mean()
+
+
+def softened(exact: Tensor, taught: Tensor, share: float) -> Tensor:
+    """Exact activity, and ``share`` of a teacher's view of it.  [B, T, S] twice → [B, T, S].
+
+    The teacher's speakers are taken in the order that differs least from the exact ones.
+    """
+    pair = (exact[..., :, None] - taught[..., None, :]).square().mean(1)  # [B, exact, taught]
+    speakers = torch.arange(exact.shape[-1], device=exact.device)
+    orders = torch.tensor(list(permutations(speakers.tolist())), device=exact.device)
+    best = orders[pair[:, speakers, orders].mean(-1).argmin(1)]
+    return exact.lerp(taught.gather(2, best[:, None].expand_as(taught)), share)
 
 
 class VoiceTargets:

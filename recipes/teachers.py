@@ -1,7 +1,7 @@
-"""The teachers that label our training audio: CAM++ for voices, Whisper's encoder for content.
+"""The teachers of our training: CAM++ (voices), segmentation-3.0 (activity), Whisper (content).
 
-CAM++ and its filterbank are written here, inference only, straight from the tensors of the
-published state dict; Whisper runs in CTranslate2.
+CAM++, its filterbank and segmentation-3.0 are written here, inference only, straight from the
+tensors of the published state dicts; Whisper runs in CTranslate2.
 
 Source: Wang et al., "CAM++: A Fast and Efficient Network for Speaker Verification Using
 Context-Aware Masking" (Interspeech 2023), figures 1–2; weights of 3D-Speaker (Apache-2.0).
@@ -24,6 +24,10 @@ BLOCKS = ((12, 1), (24, 2), (16, 2))
 
 SEGMENT = 100
 """Frames of one segment of the context-aware mask's pooling."""
+
+
+CLASSES = ((), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+"""Who talks in each of the segmentation teacher's classes (Plaquet & Bredin 2023, section 2)."""
 
 
 def mel_filters(bins: int = 80, size: int = 512, rate: int = 16_000, low: float = 20.0) -> Tensor:
@@ -169,6 +173,81 @@ class StandIn:
     def embed(self, voice: Tensor) -> Tensor:
         """As `Campplus.embed`."""
         return torch.cat([voice.mean(0), voice.std(0)]) @ self.dense
+
+
+class Segmentation:
+    """segmentation-3.0 as a function of its state dict: who of three local speakers talks.
+
+    Source: Plaquet & Bredin, "Powerset multi-class cross entropy loss for neural speaker
+    diarization" (Interspeech 2023); Ravanelli & Bengio, "Speaker recognition from raw waveform with
+    SincNet" (SLT 2018), equations 2–8; weights of pyannote (MIT).
+
+    Attributes:
+        samples: as many as it was trained to hear at a time.
+    """
+
+    samples = 160_000
+
+    def __init__(self, path: Path) -> None:
+        self.state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)[
+            "state_dict"
+        ]
+        self.filters = self._sinc()
+        self.lstm = torch.nn.LSTM(60, 128, 4, bidirectional=True, batch_first=True)
+        prefix = "lstm."
+        self.lstm.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+        )
+        self.members = torch.zeros(len(CLASSES), 3)
+        for row, talking in enumerate(CLASSES):
+            self.members[row, list(talking)] = 1
+
+    def _sinc(self) -> Tensor:
+        """Forty band-pass filters and their quadratures.  → [80, 1, 251]"""
+        bank = "sincnet.conv1d.0.filterbank."
+        time, window = self.state[bank + "n_"], self.state[bank + "window_"]
+        low = 50 + self.state[bank + "low_hz_"].abs()
+        high = (low + 50 + self.state[bank + "band_hz_"].abs()).clamp(50, 8000)
+        width = 2 * (high - low)
+        even = ((high * time).sin() - (low * time).sin()) / (time / 2) * window
+        odd = ((low * time).cos() - (high * time).cos()) / (time / 2) * window
+        cosine = torch.cat([even, width, even.flip(1)], 1) / width
+        sine = torch.cat([odd, torch.zeros_like(width), -odd.flip(1)], 1) / width
+        return torch.cat([cosine, sine])[:, None]
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.instance_norm(
+            x, weight=self.state[f"{name}.weight"], bias=self.state[f"{name}.bias"]
+        )
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    @torch.inference_mode()
+    def logits(self, wave: Tensor) -> Tensor:
+        """[B, N] samples in ±1 → [B, T, 7]; row k is centred on sample 270 k + 495."""
+        x = self._norm(wave[:, None], "sincnet.wav_norm1d")
+        x = F.conv1d(x, self.filters, stride=10).abs()
+        for layer in range(3):
+            if layer:
+                name = f"sincnet.conv1d.{layer}"
+                x = F.conv1d(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+            x = F.leaky_relu(self._norm(F.max_pool1d(x, 3), f"sincnet.norm1d.{layer}"))
+        x, _ = self.lstm(x.transpose(1, 2))
+        for layer in range(2):
+            x = F.leaky_relu(self._linear(x, f"linear.{layer}"))
+        return self._linear(x, "classifier")
+
+    def activity(self, wave: Tensor, frames: int) -> Tensor:
+        """[B, N] samples of ten seconds or less → [B, frames, 3] probabilities.
+
+        Row t is centred on sample 320 t + 360, as the student's.
+        """
+        known = self.logits(wave).softmax(-1) @ self.members
+        at = ((320 * torch.arange(frames) + 360 - 495) / 270).clamp(0, known.shape[1] - 1.001)
+        left = at.long()
+        share = (at - left)[:, None]
+        return known[:, left].lerp(known[:, left + 1], share)
 
 
 class WhisperEncoder:

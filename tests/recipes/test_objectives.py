@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from recipes.gabor import PHASES, gabor_filters, mel_centres
-from recipes.objectives import VoiceTargets, ctc_loss, encode, hint_loss, pit_loss, presence_loss
+from recipes.objectives import (
+    VoiceTargets,
+    ctc_loss,
+    encode,
+    hint_loss,
+    pit_loss,
+    presence_loss,
+    softened,
+)
 from recipes.student import VOCABULARY
 from recipes.teachers import equal_error_rate, filterbank, mel_filters
 
@@ -46,6 +54,23 @@ def test_presence_is_the_cross_entropy_of_anybody_speaking():
     anybody = 1 - (1 - logits.sigmoid()).prod(-1)
     expected = F.binary_cross_entropy(anybody, target.any(-1).float())
     assert presence_loss(logits, target) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_teacher_is_heard_in_the_order_that_fits():
+    torch.manual_seed(3)
+    exact = (torch.rand(4, 50, 3) > 0.6).float()
+    orders = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2], [2, 1, 0]])
+    taught = torch.stack([0.9 * each[:, order] for each, order in zip(exact, orders, strict=True)])
+    torch.testing.assert_close(softened(exact, taught, 0.5), 0.95 * exact)
+    torch.testing.assert_close(softened(exact, taught, 0.0), exact)
+
+
+def test_presence_of_soft_activity_is_between_that_of_both():
+    logits = torch.randn(1, 20, 3)
+    some, none = torch.zeros(1, 20, 3), torch.zeros(1, 20, 3)
+    some[..., 1] = 1
+    between = (presence_loss(logits, some) + presence_loss(logits, none)) / 2
+    torch.testing.assert_close(presence_loss(logits, some / 2), between)
 
 
 def test_presence_is_finite_where_it_is_sure():
