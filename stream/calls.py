@@ -10,21 +10,15 @@ import hmac
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from typing import Final, Protocol
-from urllib.parse import urlencode
+from typing import Final
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from sinks.events import Event, SessionOpened
-from stream.clock import SAMPLE_RATE
 from stream.engine import EngineFull
 from stream.inference import EngineError
-from stream.resample import Resampler
 from stream.sources.line import Line
-from stream.sources.pcm import BYTES, PcmDecoder, PcmFormat
+from stream.sources.pcm import Form, PcmEar
 from stream.sources.source import Intake, Resumed, Returns, SourceError
 
 log = structlog.get_logger(__name__)
@@ -37,99 +31,6 @@ CLOSED: Final = 256
 
 LONGEST_GAP_S: Final = 86_400
 """What a caller may say is missing before the audio it goes on with."""
-
-
-class Ear(Protocol):
-    """Bytes of a connection → samples."""
-
-    def hear(self, data: bytes) -> NDArray[np.float32]:
-        """→ [n] float32, mono, 16 kHz.
-
-        Raises:
-            ValueError: not what was announced.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Raw PCM as a caller announces it.
-
-    Attributes:
-        encoding: Of a sample.
-        rate: Samples a second of each channel.
-        channels: Interleaved.
-        channel: Which of them is heard; None is their mean.
-    """
-
-    encoding: PcmFormat = "s16le"
-    rate: int = SAMPLE_RATE
-    channels: int = 1
-    channel: int | None = None
-
-    @property
-    def stated(self) -> str:
-        """As the query of a URL: what is kept for a caller that comes back."""
-        return urlencode({key: value for key, value in asdict(self).items() if value is not None})
-
-    @property
-    def second(self) -> int:
-        """Bytes of a second of it."""
-        return BYTES[self.encoding] * self.channels * self.rate
-
-
-class PcmEar:
-    """Raw PCM → 16 kHz mono, counting the caller's own samples.
-
-    Attributes:
-        taken: Sample frames of the caller's that were heard or skipped over.
-    """
-
-    def __init__(self, form: Form, taken: int = 0) -> None:
-        self.form = form
-        self.taken = taken
-        self._missed = taken  # frames of `taken` that this resampler never saw
-        self._skip = 0
-        self._decoder = PcmDecoder(form.encoding, form.channels, form.channel)
-        self._resampler = Resampler(form.rate)
-
-    def hear(self, data: bytes) -> NDArray[np.float32]:
-        """See `Ear.hear`."""
-        samples = self._decoder.step(data)
-        if self._skip:
-            again = min(self._skip, len(samples))
-            samples = samples[again:]
-            self._skip -= again
-        self.taken += len(samples)
-        return self._resampler.step(samples)
-
-    @property
-    def position(self) -> int:
-        """The caller's sample frames that have left the resampler: those it would lose stay out."""
-        return self._missed + self._resampler.given * self.form.rate // SAMPLE_RATE
-
-    def rest(self) -> NDArray[np.float32]:
-        """What the resampler held back, at the end of the audio."""
-        return self._resampler.flush()
-
-    def reconnect(self, offset: int) -> int:
-        """The next byte is the caller's sample frame ``offset``.
-
-        Where some are missing, take the `rest` before: it belongs before them.
-
-        Returns:
-            Samples (16 kHz) that are missing before it; frames that were heard already are skipped
-            as they come.
-        """
-        # Half a sample may have arrived when the connection broke.
-        self._decoder = PcmDecoder(self.form.encoding, self.form.channels, self.form.channel)
-        self._skip = max(self.taken - offset, 0)
-        missing = max(offset - self.taken, 0)
-        if missing:
-            self.taken += missing
-            self._missed = self.taken
-            self._resampler = Resampler(self.form.rate)
-        return round(missing * SAMPLE_RATE / self.form.rate)
 
 
 class Call:
@@ -218,16 +119,19 @@ class Call:
         """The next byte is the caller's sample frame ``offset``: what lacks before it is a gap."""
         assert self.ear is not None, "nothing in a container has a position"
         if offset > self.ear.taken:
-            rest = self.ear.rest()
-            self.line.add(rest, self.ear.position)
+            self._add_rest(self.ear)
         self.line.lose(self.ear.reconnect(offset), "network")
 
     def finish(self) -> None:
         """There is no more audio: the session hears the rest and closes."""
         if self.ear is not None and not self.line.ended:
-            rest = self.ear.rest()
-            self.line.add(rest, self.ear.position)
+            self._add_rest(self.ear)
         self.line.end()
+
+    def _add_rest(self, ear: PcmEar) -> None:
+        """What its resampler held back belongs before what follows."""
+        rest = ear.rest()
+        self.line.add(rest, ear.position)
 
     def heard(self, event: Event) -> None:
         """The session's tap."""

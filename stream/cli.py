@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from stream.config import Config
     from stream.evaluate import EvalResult, Score
     from stream.screen import View
 
@@ -415,7 +416,6 @@ def evaluate(
     """Score recordings against their references, streaming and offline side by side."""
     from json import dumps
 
-    from stream.config import parse
     from stream.evaluate import FileResult, evaluate_at
     from stream.evaluate import evaluate as score
 
@@ -424,10 +424,8 @@ def evaluate(
         raise Usage("--latency chooses chunk and look-ahead; give it, or --chunk and --lookahead")
     if json is not None and str(json) != "-":
         _writable("json", json)
-    # The configuration's own checks need a source; which one does not matter here.
     settings = _settings(config, checkpoint, chunk, lookahead, left, device, decoder=decoder)
-    checked = parse({**settings, "sources": {"eval": {"kind": "stdin"}}}, where="livesat")
-    checked.log.configure()
+    checked = _checked(settings)
     seen: list[str] = []
 
     def tell(result: FileResult, count: int) -> None:
@@ -480,7 +478,6 @@ def enroll(
     """Teach a voice: from now on its speaker is called by name."""
     from getpass import getuser
 
-    from stream.config import parse
     from stream.enrolment import listen
     from stream.voiceprints import Voiceprints, expiry
 
@@ -489,9 +486,7 @@ def enroll(
     for clip in clips:
         if not clip.exists():
             raise Usage(f"{clip}: no such file")
-    # The configuration's own checks need a source; which one does not matter here.
-    checked = parse({**settings, "sources": {"enroll": {"kind": "stdin"}}}, where="livesat")
-    checked.log.configure()
+    checked = _checked(settings)
     heard = asyncio.run(listen(checked.engine, clips))
     expires = expiry(days)
     with Voiceprints.open(_voices_path(checked.voiceprints)) as store:
@@ -687,6 +682,16 @@ def _writable(option: str, path: Path) -> None:
         raise Usage(f"--{option} {path}: no such folder: {path.parent}")
     if path.is_dir():
         raise Usage(f"--{option} {path}: expected a file, got a folder")
+
+
+def _checked(settings: dict[str, Any]) -> "Config":
+    """Settings of a command that hears files; logging is as they say from here on."""
+    from stream.config import parse
+
+    # The configuration's own checks need a source; which one does not matter here.
+    config = parse({**settings, "sources": {"files": {"kind": "stdin"}}}, where="livesat")
+    config.log.configure()
+    return config
 
 
 def _settings(

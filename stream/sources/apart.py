@@ -1,9 +1,9 @@
 """One source whose channels are streams apart, each with a session and speakers of its own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, Protocol, runtime_checkable
 
 from stream.engine import EngineFull
 from stream.sources.line import Line
@@ -41,6 +41,18 @@ def sharing(
     """
     shared = _Shared(opening)
     return [_Channel(line, shared, live) for line in lines]
+
+
+@asynccontextmanager
+async def alongside(work: Coroutine[Any, Any, None], name: str) -> AsyncGenerator[None]:
+    """Do something for as long as this is entered."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 class _Shared:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Final, Literal, Self
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.ring import Ring
-from stream.sources.apart import sharing
+from stream.sources.apart import alongside, sharing
 from stream.sources.drift import Drift
 from stream.sources.line import Line
 from stream.sources.source import Block, GapReason, Source, SourceError
@@ -153,14 +153,8 @@ class MicrophoneSource(BaseModel):
         Raises:
             SourceError: as `open`.
         """
-        async with self._opening() as recorded:
-            pouring = asyncio.create_task(_pour(recorded, lines), name=self.name)
-            try:
-                yield
-            finally:
-                pouring.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pouring
+        async with self._opening() as recorded, alongside(_pour(recorded, lines), self.name):
+            yield
 
     @asynccontextmanager
     async def _opening(self) -> AsyncGenerator[AsyncGenerator[list[Block]]]:

@@ -11,7 +11,7 @@ import asyncio
 import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, Literal, Self
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
-from stream.sources.apart import sharing
+from stream.sources.apart import alongside, sharing
 from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder
 from stream.sources.source import Block, Source, SourceError
@@ -148,13 +148,10 @@ async def _listening(settings: RtpSource, lines: Sequence[Line]) -> AsyncGenerat
         ) from error
     address = transport.get_extra_info("sockname")
     log.info("listening", kind="rtp", host=address[0], port=address[1])
-    clock = asyncio.create_task(port.run(), name=f"rtp:{settings.port}")
     try:
-        yield
+        async with alongside(port.run(), f"rtp:{settings.port}"):
+            yield
     finally:
-        clock.cancel()
-        with suppress(asyncio.CancelledError):
-            await clock
         transport.close()
 
 

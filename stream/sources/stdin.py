@@ -6,7 +6,7 @@ import select
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from time import monotonic
 from typing import Final, Literal, Self
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
-from stream.sources.apart import sharing
+from stream.sources.apart import alongside, sharing
 from stream.sources.file import SHORTEST
 from stream.sources.line import Line
 from stream.sources.pcm import PcmDecoder, PcmFormat
@@ -110,14 +110,12 @@ class StdinSource(BaseModel):
         Raises:
             SourceError: as `_reading`.
         """
-        async with self._reading() as pipe, aclosing(self._heard(pipe)) as heard:
-            pouring = asyncio.create_task(_pour(heard, lines), name=self.name)
-            try:
-                yield
-            finally:
-                pouring.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pouring
+        async with (
+            self._reading() as pipe,
+            aclosing(self._heard(pipe)) as heard,
+            alongside(_pour(heard, lines), self.name),
+        ):
+            yield
 
     @staticmethod
     async def _blocks(

@@ -25,9 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sinks.events import Event, SpeakerIdentified, TranscriptFinal, Word
 from stream.engine import EngineFull
-from stream.resample import Resampler
 from stream.sources.line import Line
-from stream.sources.pcm import PcmDecoder
+from stream.sources.pcm import Form, PcmEar
 from stream.sources.source import Intake, SourceError
 
 log = structlog.get_logger(__name__)
@@ -214,7 +213,7 @@ class _Client:
         finally:
             self.speaking = False
 
-    async def _hear(self, ear: "_Ear", line: Line) -> None:
+    async def _hear(self, ear: PcmEar, line: Line) -> None:
         try:
             while (event := await self._read()) is not None:
                 if event.type == "audio-chunk":
@@ -305,7 +304,7 @@ def _text(data: dict[str, Any], key: str) -> str | None:
     return text
 
 
-def _ear(data: dict[str, Any]) -> "_Ear":
+def _ear(data: dict[str, Any]) -> PcmEar:
     """For the form ``audio-start`` announces.
 
     Raises:
@@ -317,30 +316,14 @@ def _ear(data: dict[str, Any]) -> "_Ear":
         raise ValueError("audio-start: expected rate, width and channels as numbers") from error
     if width not in {2, 4} or not 1000 <= rate <= 768_000 or not 1 <= channels <= 64:
         raise ValueError(f"audio-start: got {rate} Hz, {width} bytes, {channels} channels")
-    return (_Ear if width == 2 else _WideEar)(rate, channels)
+    return (PcmEar if width == 2 else _WideEar)(Form("s16le", rate, channels))
 
 
-class _Ear:
-    """16-bit integers → 16 kHz mono."""
-
-    def __init__(self, rate: int, channels: int) -> None:
-        self._decoder = PcmDecoder("s16le", channels)
-        self._resampler = Resampler(rate)
-
-    def hear(self, data: bytes) -> NDArray[np.float32]:
-        """→ [n]"""
-        return self._resampler.step(self._decoder.step(data))
-
-    def rest(self) -> NDArray[np.float32]:
-        """What the resampler held back, at the end of the audio. → [n]"""
-        return self._resampler.flush()
-
-
-class _WideEar(_Ear):
+class _WideEar(PcmEar):
     """32-bit integers: their upper halves are 16-bit ones."""
 
-    def __init__(self, rate: int, channels: int) -> None:
-        super().__init__(rate, channels)
+    def __init__(self, form: Form) -> None:
+        super().__init__(form)
         self._odd = b""
 
     def hear(self, data: bytes) -> NDArray[np.float32]:

@@ -24,11 +24,11 @@ from urllib.parse import parse_qsl
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stream.calls import LONGEST_GAP_S, Call, Calls, Form
+from stream.calls import LONGEST_GAP_S, Call, Calls
 from stream.engine import EngineFull
 from stream.feed import Subscription, Wanted
 from stream.server import Desk, ServerSettings
-from stream.sources.pcm import BYTES
+from stream.sources.pcm import BYTES, Form
 from stream.sources.source import SourceError
 from stream.web.containers import Container, ContainerError
 from stream.web.gate import LATER, POLICY

@@ -34,10 +34,10 @@ from sinks.events import (
     TranscriptPartial,
     Word,
 )
-from stream.calls import Call, Calls, Form
+from stream.calls import Call, Calls
 from stream.engine import EngineFull
 from stream.server import Desk, ServerSettings
-from stream.sources.pcm import PcmFormat
+from stream.sources.pcm import Form, PcmFormat
 from stream.sources.source import SourceError
 from stream.web.containers import Container, ContainerError
 from stream.web.gate import LATER

@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stream.calls import Call, Calls, Form
+from stream.calls import Call, Calls
 from stream.engine import EngineFull
 from stream.server import ServerSettings
+from stream.sources.pcm import Form
 from stream.sources.source import SourceError
 from stream.web.gate import LATER, POLICY, Gate
 from stream.web.wire import AWAY, INVALID, NORMAL, Hangup, Wire, command

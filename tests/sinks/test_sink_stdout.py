@@ -182,13 +182,18 @@ def test_clock(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
 
 
+OPEN = """
+import asyncio
+from sinks.stdout import StdoutSettings
+from tests.sinks.samples import Talk
+async def main():
+    async with StdoutSettings().open() as sink:
+"""
+"""Begin of a script whose next lines have a sink."""
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
-    script = (
-        "import asyncio\n"
-        "from sinks.stdout import StdoutSettings\n"
-        "from tests.sinks.samples import Talk\n"
-        "async def main():\n"
-        "    async with StdoutSettings().open() as sink:\n"
+    script = OPEN + (
         "        for _ in range(3):\n"
         "            await sink.send(Talk().warning())\n"
         "asyncio.run(main())\n"
@@ -207,12 +212,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_a_reader_that_does_not_read_keeps_no_process_alive() -> None:
-    script = (
-        "import asyncio\n"
-        "from sinks.stdout import StdoutSettings\n"
-        "from tests.sinks.samples import Talk\n"
-        "async def main():\n"
-        "    async with StdoutSettings().open() as sink:\n"
+    script = OPEN + (
         "        sending = asyncio.create_task(sink.send(Talk().warning()))\n"
         "        done, _ = await asyncio.wait({sending}, timeout=0.2)\n"
         "        assert not done\n"

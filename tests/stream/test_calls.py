@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from stream.calls import Call, Calls, Form, PcmEar
+from stream.calls import Call, Calls
 from stream.clock import SAMPLE_RATE
 from stream.sources.line import Line
+from stream.sources.pcm import Form, PcmEar
 from stream.sources.source import SourceError
 
 MULAW = Form("mulaw", 8000)

@@ -7,6 +7,7 @@ import pkgutil
 import signal
 import socket
 import threading
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -250,18 +251,7 @@ class TestReload:
 
     async def test_what_can_change_does_and_no_stream_is_dropped(self, file, capsys):
         path, tree = file
-        house = House(tree["server"]["port"])
-        running = asyncio.create_task(
-            run(
-                await asyncio.to_thread(load, path),
-                on_event=house.events.append,
-                stop=house.stop,
-                fail_fast=False,
-                reload=lambda: load(path),
-            )
-        )
-        async with house.http() as http:
-            await until_up(http, running)
+        async with reloading(path, tree) as house:
             async with house.connect("/v1/audio?name=before") as socket:
                 await socket.recv()
                 await socket.send(pcm(speechlike(16_000)))
@@ -271,10 +261,7 @@ class TestReload:
                 tree["engine"]["left_ms"] = 4000
                 path.write_text(yaml.safe_dump(tree))
                 os.kill(os.getpid(), signal.SIGHUP)
-                output = ""
-                while "reloaded" not in output:
-                    output += capsys.readouterr().err
-                    await asyncio.sleep(0.01)
+                output = await said(capsys, "reloaded")
                 await asyncio.sleep(0.02)
                 output += capsys.readouterr().err
                 await socket.send('{"type": "close"}')
@@ -288,13 +275,9 @@ class TestReload:
                     pass
             path.write_text("engine: [")
             os.kill(os.getpid(), signal.SIGHUP)
-            output2 = ""
-            while "not reloaded" not in output2:
-                output2 += capsys.readouterr().err
-                await asyncio.sleep(0.01)
-            assert (await http.get("/readyz")).status_code == 200
-        house.stop.set()
-        await running
+            await said(capsys, "not reloaded")
+            async with house.http() as http:
+                assert (await http.get("/readyz")).status_code == 200
         assert "restart the daemon for these" in output
         assert "'engine', 'session.state'" in output
         of = {
@@ -307,30 +290,14 @@ class TestReload:
 
     async def test_what_cannot_be_read_changes_nothing(self, file, capsys, tmp_path):
         path, tree = file
-        house = House(tree["server"]["port"])
-        running = asyncio.create_task(
-            run(
-                await asyncio.to_thread(load, path),
-                on_event=house.events.append,
-                stop=house.stop,
-                fail_fast=False,
-                reload=lambda: load(path),
-            )
-        )
-        async with house.http() as http:
-            await until_up(http, running)
+        async with reloading(path, tree) as house:
             (tmp_path / "voices.db").write_bytes(b"no database" * 99)
             tree |= {"voiceprints": str(tmp_path / "voices.db")}
             tree["session"]["heartbeat_s"] = 0.5
             path.write_text(yaml.safe_dump(tree))
             os.kill(os.getpid(), signal.SIGHUP)
-            output = ""
-            while "not reloaded" not in output:
-                output += capsys.readouterr().err
-                await asyncio.sleep(0.01)
+            output = await said(capsys, "not reloaded")
             await talk(house, speechlike(32_000))
-        house.stop.set()
-        await running
         assert "voices.db" in output
         assert "heartbeat" not in {event.type for event in house.events}
 
@@ -340,31 +307,45 @@ class TestReload:
         monkeypatch.setattr(
             "stream.daemon.open_language_model", lambda words, *_: opened.append(words.decoder)
         )
-        house = House(tree["server"]["port"])
-        running = asyncio.create_task(
-            run(
-                await asyncio.to_thread(load, path),
-                stop=house.stop,
-                fail_fast=False,
-                reload=lambda: load(path),
-            )
-        )
-        async with house.http() as http:
-            await until_up(http, running)
+        async with reloading(path, tree):
             tree["log"]["level"] = "info"
             for words in ({}, {"decoder": "greedy"}):
                 tree["tracks"]["words"] = words
                 path.write_text(yaml.safe_dump(tree))
                 os.kill(os.getpid(), signal.SIGHUP)
-                output = ""
-                while "reloaded" not in output:
-                    output += capsys.readouterr().err
-                    await asyncio.sleep(0.01)
+                output = await said(capsys, "reloaded")
                 assert "not reloaded" not in output
-        house.stop.set()
-        await running
         assert opened[-1] == "greedy"
         assert len(opened) == 2
+
+
+@asynccontextmanager
+async def reloading(path, tree):
+    """A daemon of a configuration file; drained at the end."""
+    house = House(tree["server"]["port"])
+    running = asyncio.create_task(
+        run(
+            await asyncio.to_thread(load, path),
+            on_event=house.events.append,
+            stop=house.stop,
+            fail_fast=False,
+            reload=lambda: load(path),
+        )
+    )
+    async with house.http() as http:
+        await until_up(http, running)
+        yield house
+    house.stop.set()
+    await running
+
+
+async def said(capsys, what):
+    """What is logged until this is."""
+    output = ""
+    while what not in output:
+        output += capsys.readouterr().err
+        await asyncio.sleep(0.01)
+    return output
 
 
 async def until_up(http, running):

@@ -8,11 +8,11 @@ from contextlib import suppress
 import numpy as np
 from websockets.exceptions import ConnectionClosed
 
-from stream.calls import Call, Form, PcmEar
+from stream.calls import Call
 from stream.clock import SAMPLE_RATE
 from stream.resample import Resampler
 from stream.sources.line import Line
-from stream.sources.pcm import PcmDecoder
+from stream.sources.pcm import Form, PcmDecoder, PcmEar
 from stream.web.twilio import RATE, _Track
 from tests.stream.conftest import speechlike
 from tests.stream.house import finals, serving
