@@ -46,7 +46,7 @@ def cohort(settings: CohortSettings) -> np.ndarray:
     student, corpus = load_student(settings.checkpoint), Corpus(settings.data)
     by_speaker: dict[str, list[int]] = {}
     for index, item in enumerate(corpus.utterances):
-        if item.split == "train" and item.speaker:
+        if item.split == "train" and item.speaker and item.recorded:
             by_speaker.setdefault(item.speaker, []).append(index)
     rng = np.random.default_rng(settings.seed)
     names = sorted(by_speaker)

@@ -6,10 +6,10 @@ activity and teacher rows are one a hop, so a piece cut at a hop boundary keeps 
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Self
 
@@ -124,6 +124,17 @@ class Corpus:
         """The same in ±1."""
         return self.samples(index).astype(np.float32) / np.float32(32768)
 
+    def of_one_length(self, indices: Iterable[int], hops: int = 24_000) -> Iterator[list[int]]:
+        """Batches of utterances as long as each other, from the shortest on, of ``hops`` in all."""
+
+        def length(index: int) -> int:
+            return self.utterances[index].hops
+
+        for each, group in groupby(sorted(indices, key=length), key=length):
+            equal = list(group)
+            size = max(1, hops // max(each, 1))
+            yield from (equal[at : at + size] for at in range(0, len(equal), size))
+
 
 def _rows(path: Path, channels: int) -> NDArray[np.float16] | None:
     return np.memmap(path, np.float16, "r").reshape(-1, channels) if path.exists() else None
@@ -172,13 +183,13 @@ def decode(data: bytes) -> Samples:
     return np.clip(np.round(mono * 32768), -32768, 32767).astype(np.int16)
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, Samples]]:
-    """Yields (member name, samples) of an archive of audio files."""
+def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields (member name, content) of an archive of audio files."""
     with tarfile.open(path) as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isfile() else None
             if file is not None:
-                yield member.name, decode(file.read())
+                yield member.name, file.read()
 
 
 def write_noises(folder: Path, noises: Sequence[Samples]) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from recipes.corpus import CONTENT_CHANNELS, EMBEDDING_CHANNELS, HOP, Corpus
 from recipes.export import load_student
 from recipes.grow import start_from
 from recipes.loop import ALONE, World, average_gradients, device_of, ramp, train, world
+from recipes.mixing import Mixer
 from recipes.objectives import (
     VoiceTargets,
     ctc_loss,
@@ -81,6 +82,8 @@ class Finetune(Settings):
         kept_rate: the share of it for what starts right already: the first convolution's filters
             and, from the teacher, the x-vector head's last layer.
         weight_decay: of matrices.
+        dropout: of every layer.
+        masked: share of the frames of utterances that the layers do not see, ten at a time.
         average: decay of the running average of the weights, which is what is exported.
         utterance_hops: lengths of the utterance batches, drawn evenly.
         talk_hops: lengths of the conversation batches, drawn evenly.
@@ -99,6 +102,7 @@ class Finetune(Settings):
         bfloat16: autocast to bfloat16.
         phases: step → dotted keys that change from there on, for a run whose settings do.
         threads: compute threads.
+        mix: the device makes the sound of the scenes (`recipes.mixing`), the processes only draw.
         workers: processes that make the scenes ahead of the steps; 0 makes them in between.
     """
 
@@ -116,6 +120,8 @@ class Finetune(Settings):
     rate: float = 1.0e-3
     kept_rate: float = 0.03
     weight_decay: float = 0.02
+    dropout: float = 0.0
+    masked: float = 0.0
     average: float = 0.998
     utterance_hops: list[int]
     talk_hops: list[int]
@@ -134,6 +140,7 @@ class Finetune(Settings):
     bfloat16: bool = True
     phases: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     threads: int = 1
+    mix: bool = False
     workers: int = 1
     weights: Weights = Weights()
     shape: Shape = Shape()
@@ -156,7 +163,10 @@ class Batch:
     """Scenes of one length as tensors; T is the student's number of frames.
 
     Attributes:
-        wave: [B, N].
+        wave: [B, N]; [B, 0] of scenes that are only drawn.
+        sound: [B, S, hops], see `recipes.simulate.Scene`.
+        spoken: [B, hops, S] bool, who talks in the hops of ``sound``.
+        clean: [B] bool.
         activity: [B, T, 3] bool.
         rows: [B, T] the teacher's row where just one speaker talks, else −1.
         owner: [B, T] that speaker, else −1.
@@ -165,6 +175,9 @@ class Batch:
     """
 
     wave: Tensor
+    sound: Tensor
+    spoken: Tensor
+    clean: Tensor
     activity: Tensor
     rows: Tensor
     owner: Tensor
@@ -173,23 +186,27 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
-            *(
-                part.to(device)
-                for part in (self.wave, self.activity, self.rows, self.owner, self.utterances)
-            ),
-            texts=self.texts,
+            **{
+                name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+                for name, part in parts.items()
+            }
         )
 
     @staticmethod
     def of(scenes: list[Scene], frames: int) -> "Batch":
         """Stacks scenes of one length and cuts the labels to the student's frames."""
-        activity = torch.from_numpy(np.stack([s.activity for s in scenes]))[:, :frames]
+        spoken = torch.from_numpy(np.stack([s.activity for s in scenes]))
+        activity = spoken[:, :frames]
         rows = torch.from_numpy(np.stack([s.rows for s in scenes]))[:, :frames]
         alone = activity.sum(-1) == 1
         owner = torch.where(alone, activity.int().argmax(-1), -1)
         return Batch(
             wave=torch.from_numpy(np.stack([s.wave for s in scenes])),
+            sound=torch.from_numpy(np.stack([s.sound for s in scenes])),
+            spoken=spoken,
+            clean=torch.tensor([s.clean for s in scenes]),
             activity=activity,
             rows=torch.where(alone, rows.max(-1).values, -1),
             owner=owner,
@@ -241,6 +258,7 @@ def simulator_of(settings: Finetune) -> Simulator:
         settings.acoustics,
         settings.conversation,
         rooms=load_rooms(settings.data),
+        silent=settings.mix,
     )
 
 
@@ -289,6 +307,30 @@ class Feed:
             self.pool.shutdown(cancel_futures=True)
 
 
+class Rows:
+    """A teacher's rows: on disk, or for a GPU in its memory.
+
+    Attributes:
+        device: where what is taken out goes.
+    """
+
+    def __init__(self, rows: NDArray[np.float16], device: torch.device) -> None:
+        self.device = device
+        self.disk = rows
+        self.memory = None
+        if device.type != "cpu":
+            self.memory = torch.from_numpy(np.array(rows)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.disk)
+
+    def __getitem__(self, at: Tensor) -> Tensor:
+        """at: [N] → [N, C] float32"""
+        if self.memory is not None:
+            return self.memory[at].float()
+        return torch.from_numpy(self.disk[at.cpu().numpy()]).to(self.device).float()
+
+
 class Run:
     """Everything that changes while training; see `recipes.loop.Trainable`."""
 
@@ -297,20 +339,40 @@ class Run:
         self.device = device_of(settings.device)
         torch.manual_seed(settings.seed)
         self.corpus = Corpus(settings.data)
-        self.feed = Feed(settings, who.rank)
+        self.rank = who.rank
+        self.generator = torch.Generator(self.device)
+        self.feed = Feed(settings, who.rank, ahead=max(6, 2 * settings.workers))
         self.targets = voice_targets(self.corpus)
         self.speaker_rows = torch.tensor(
             [self.targets.names.get(item.speaker, -1) for item in self.corpus.utterances]
+        ).to(self.device)
+        self.mixer = None
+        if settings.mix:
+            rooms = load_rooms(settings.data)
+            self.mixer = Mixer(self.corpus, settings.acoustics, rooms, self.device)
+        self.voice, self.teacher_content, self.teacher_characters = (
+            None if rows is None else Rows(rows, self.device)
+            for rows in (self.corpus.voice, self.corpus.content, self.corpus.characters)
         )
         self.student = Student(settings.shape)
+        if settings.dropout or settings.masked:
+            self.student.drop(settings.dropout)
+        if self.device.type == "cuda":
+            self.student.encoder.config.attn_implementation = "sdpa"
+            # its plans are made anew for every shape, which takes longer than the product
+            torch.backends.cuda.enable_cudnn_sdp(enabled=False)
         self.mel = nn.Linear(settings.shape.conv_dim[-1], 80)
         self.mel_filters = mel_filters()
         self.segmentation = (
-            None if settings.segmentation is None else Segmentation(settings.segmentation)
+            None
+            if settings.segmentation is None
+            else Segmentation(settings.segmentation, self.device)
         )
         self.content = nn.Linear(settings.shape.width, CONTENT_CHANNELS)
         if self.corpus.content is not None:
-            self.content_statistics = content_statistics(self.corpus)
+            self.content_statistics = [
+                part.to(self.device) for part in content_statistics(self.corpus)
+            ]
         if settings.start is None:
             start_voice(self.student, self.targets)
         else:
@@ -357,8 +419,8 @@ class Run:
         }
         where = batch.rows >= 0
         rows = torch.zeros(*where.shape, out.voice.shape[-1], device=self.device)
-        assert self.corpus.voice is not None
-        rows[where] = self._teacher(self.corpus.voice, batch.rows[where])
+        assert self.voice is not None
+        rows[where] = self.voice[batch.rows[where]]
         losses["dense"] = targets.dense_loss(out.voice, rows, where)
         losses |= self.content_losses(batch, out)
         # one embedding a local speaker who talks alone for at least a second
@@ -368,7 +430,7 @@ class Run:
             embedding = self.student.embed(out.voice[row], mass[row, :, local])
             utterance = batch.utterances[row, local]
             losses["cosine"], losses["nce"] = targets.embedding_losses(
-                embedding, utterance, self.speaker_rows[utterance.cpu()].to(self.device)
+                embedding, utterance, self.speaker_rows[utterance]
             )
         if self.step < self.settings.at(self.step).weights.mel_steps:
             energies = filterbank(batch.wave, self.mel_filters.to(self.device))
@@ -382,8 +444,8 @@ class Run:
         exact = batch.activity.float()
         if self.segmentation is None or batch.wave.shape[1] > Segmentation.samples:
             return exact
-        taught = self.segmentation.activity(batch.wave.cpu(), exact.shape[1])
-        return softened(exact, taught.to(exact.device), self.settings.soft)
+        taught = self.segmentation.activity(batch.wave, exact.shape[1])
+        return softened(exact, taught, self.settings.soft)
 
     def content_losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Losses to the content teacher and to its reader, where one speaker talks or none.
@@ -391,61 +453,80 @@ class Run:
         content is the mean squared error of the teacher's channels, each in units of its
         deviation.
         """
-        corpus = self.corpus
-        if corpus.content is None:
+        if self.teacher_content is None:
             return {}
         # the student's frame t is centred on sample 320 t + 360, the teacher's row t on 320 t
-        rows = torch.where(batch.rows >= 0, batch.rows + 1, -1).clamp(max=len(corpus.content) - 1)
+        rows = torch.where(batch.rows >= 0, batch.rows + 1, -1).clamp(
+            max=len(self.teacher_content) - 1
+        )
         where = rows >= 0
         if not bool(where.any()):
             return {}
         at = rows[where]
-        mean, deviation = (part.to(self.device) for part in self.content_statistics)
-        wanted = (self._teacher(corpus.content, at) - mean) / deviation
+        mean, deviation = self.content_statistics
+        wanted = (self.teacher_content[at] - mean) / deviation
         losses = {"content": F.mse_loss(self.content(out.hidden[where]).float(), wanted)}
-        if corpus.characters is not None:
+        if self.teacher_characters is not None:
             posteriors = torch.zeros(*where.shape, out.characters.shape[-1], device=self.device)
             posteriors[..., 0] = 1  # nothing is said where nobody talks
-            posteriors[where] = self._teacher(corpus.characters, at)
+            posteriors[where] = self.teacher_characters[at]
             heard = where | ~batch.activity.any(-1)
             losses["reading"] = reading_loss(out.characters[heard], posteriors[heard])
         return losses
 
-    def _teacher(self, rows: NDArray[np.float16], at: Tensor) -> Tensor:
-        """Rows of a teacher.  at: [N] → [N, C] on the run's device"""
-        return torch.from_numpy(rows[at.cpu().numpy()]).to(self.device).float()
+    def sound(self, batch: Batch, settings: Finetune) -> None:
+        """Makes what is heard of scenes that were only drawn."""
+        if self.mixer is not None:
+            self.mixer.acoustics = settings.acoustics
+            batch.wave = self.mixer(batch.sound, batch.spoken, batch.clean, self.generator)
+
+    def masked(self, batch: Batch) -> Tensor | None:
+        """Frames that are hidden, ten at a time.  → [B, T]"""
+        share = self.settings.masked
+        if not share:
+            return None
+        starts = torch.rand(batch.owner.shape, generator=self.generator, device=self.device)
+        starts = F.pad((starts < share / 10).float(), (9, 0))
+        return F.max_pool1d(starts[:, None], 10, 1)[:, 0] > 0
 
     def advance(self) -> dict[str, float]:
         """Makes one step and gives its losses."""
         s = self.settings.at(self.step)
         torch.manual_seed(s.seed * 1_000_003 + self.step)
+        self.generator.manual_seed((s.seed * 1_000_003 + self.step) * 1009 + self.rank)
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         weights = s.weights.model_dump()
         weights["mel"] *= max(0.0, 1 - self.step / max(s.weights.mel_steps, 1))
-        seen: dict[str, float] = {}
+        seen: dict[str, Tensor] = {}
         for kind, (drawn, window) in zip(("u", "c"), self.feed(self.step), strict=True):
             batch = drawn.to(self.device)
+            self.sound(batch, s)
+            masked = self.masked(batch) if kind == "u" else None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bfloat16):
-                out = self.student(batch.wave, window)
+                out = self.student(batch.wave, window, masked)
                 losses = self.losses(batch, out)
             total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
             total.backward()
-            seen |= {f"{kind}.{name}": float(loss.detach()) for name, loss in losses.items()}
+            seen |= {f"{kind}.{name}": loss.detach() for name, loss in losses.items()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         average_gradients(parameters)
-        seen["norm"] = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+        seen["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
+        # one wait for the device a step
+        said = dict(zip(seen, torch.stack(list(seen.values())).tolist(), strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["scale"]
-        if math.isfinite(seen["norm"]):
+        if math.isfinite(said["norm"]):
             self.optimizer.step()
         self.step += 1
         made = self.step - s.first_step
         keep = min(s.average, made / (made + 10))
         with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                self.average[name].lerp_(parameter, 1 - keep)
-        return seen
+            weights_now = dict(self.student.named_parameters())
+            torch._foreach_lerp_(
+                list(self.average.values()), [weights_now[name] for name in self.average], 1 - keep
+            )
+        return said
 
     def state(self) -> dict[str, Any]:
         """See `recipes.loop.Trainable.state`."""

@@ -167,7 +167,7 @@ def ctc_loss(logits: Tensor, texts: list[str], lengths: Tensor | None = None) ->
     frames = torch.full((len(kept),), logits.shape[1]) if lengths is None else lengths[kept]
     return F.ctc_loss(
         log_probs,
-        torch.cat(labels),
+        torch.cat(labels).to(logits.device),
         frames,
         torch.tensor([len(label) for label in labels]),
         zero_infinity=True,

@@ -1,7 +1,8 @@
 """Stage 1: archives of Opus → memory-mapped audio, activity and teacher rows.
 
-Decoding takes about a minute, each teacher a quarter of an hour on one core for ten hours. A corpus
-that is added to the settings later is appended to the arrays, and labelled where it is not yet.
+Decoding takes about a minute, each teacher a quarter of an hour on one core for ten hours, on a GPU
+some seconds. A corpus that is added to the settings later is appended to the arrays, and labelled
+where it is not yet.
 
 A recording played faster or slower is that of another voice, and the teacher labels it as one: so
 speakers become up to three times as many (Ko et al., "Audio augmentation for speech
@@ -12,8 +13,11 @@ bandwidth extension for deep speaker embedding", Interspeech 2019).
 import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import soxr
@@ -29,11 +33,15 @@ from recipes.corpus import (
     Corpus,
     Samples,
     Writer,
+    decode,
     read_tar,
     write_noises,
 )
+from recipes.loop import device_of
 from recipes.settings import Settings, from_arguments
 from recipes.teachers import Campplus, StandIn, WhisperEncoder
+
+B = TypeVar("B")
 
 
 class Prepare(Settings):
@@ -46,12 +54,15 @@ class Prepare(Settings):
         other_speeds: corpora of known speakers whose training speakers are heard slower and faster
             as well, as two more speakers each, of the corpus ``NAME, other speeds``.
         slower, faster: where a speaker's two factors are drawn from.
+        at_both: each utterance is heard at both, else half of them slower and half faster.
         noise: archive of noises.
         campplus: the voice teacher's state dict; none, and a stand-in of its shapes labels the
             audio, to try the recipes out.
         whisper: folder of the content teacher, in CTranslate2's format; none, and there is none.
         bfloat16: run the voice teacher in bfloat16.
         threads: compute threads.
+        workers: processes that decode and resample; 0 does it in between.
+        device: of the teachers: cpu, cuda, or auto.
     """
 
     target: Path
@@ -59,11 +70,23 @@ class Prepare(Settings):
     other_speeds: list[str] = []  # noqa: RUF012  (pydantic copies defaults)
     slower: tuple[float, float] = (0.82, 0.94)
     faster: tuple[float, float] = (1.07, 1.2)
+    at_both: bool = False
     noise: Path
     campplus: Path | None
     whisper: Path | None = None
     bfloat16: bool = True
     threads: int = 1
+    workers: int = 0
+    device: str = "auto"
+
+
+def side_by_side(settings: Prepare, work: Callable[..., B], *todo: Iterable[Any]) -> Iterator[B]:
+    """``work`` of everything in its order, by the workers there are."""
+    if not settings.workers:
+        yield from map(work, *todo)
+        return
+    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
+        yield from pool.map(work, *todo, chunksize=16)
 
 
 def decode_corpora(settings: Prepare) -> None:
@@ -74,7 +97,10 @@ def decode_corpora(settings: Prepare) -> None:
                 continue
             lines = path.with_suffix(".jsonl").read_text().splitlines()
             manifest = {entry["file"]: entry for entry in map(json.loads, lines)}
-            for name, samples in read_tar(path.with_suffix(".tar")):
+            members = list(read_tar(path.with_suffix(".tar")))
+            names = [name for name, _ in members]
+            decoded = side_by_side(settings, decode, [data for _, data in members])
+            for name, samples in zip(names, decoded, strict=True):
                 entry = manifest[name]
                 record = {
                     "id": entry["id"],
@@ -86,7 +112,7 @@ def decode_corpora(settings: Prepare) -> None:
                 writer.add(record, samples)
             print(f"decoded {path.name}: {writer.hops / 180_000:.2f} h so far", flush=True)
     if not (settings.target / "noise.i16").exists():
-        write_noises(settings.target, [noise for _, noise in read_tar(settings.noise)])
+        write_noises(settings.target, [decode(data) for _, data in read_tar(settings.noise)])
 
 
 def at_speed(samples: Samples, factor: float) -> Samples:
@@ -96,7 +122,7 @@ def at_speed(samples: Samples, factor: float) -> Samples:
 
 
 def change_speeds(settings: Prepare) -> None:
-    """Adds the corpora at other speeds that are not there yet: half of the utterances at each.
+    """Adds the corpora at other speeds that are not there yet.
 
     A speaker's factors are drawn from the name, so that they do not depend on who else is there.
     """
@@ -106,12 +132,16 @@ def change_speeds(settings: Prepare) -> None:
             added = name + OTHER_SPEEDS
             if added in writer.corpora:
                 continue
-            for index, item in enumerate(corpus.utterances):
-                if item.corpus != name or item.split != "train" or not item.speaker:
-                    continue
-                low, high = settings.faster if index % 2 else settings.slower
-                share = zlib.crc32(f"{item.speaker} {index % 2}".encode()) / 2**32
-                factor = round(low + share * (high - low), 3)
+            todo = [
+                (index, _factor(settings, item.speaker, fast))
+                for index, item in enumerate(corpus.utterances)
+                if item.corpus == name and item.split == "train" and item.speaker
+                for fast in ((0, 1) if settings.at_both else (index % 2,))
+            ]
+            heard = (np.array(corpus.samples(index)) for index, _ in todo)
+            changed = side_by_side(settings, at_speed, heard, [factor for _, factor in todo])
+            for (index, factor), samples in zip(todo, changed, strict=True):
+                item = corpus.utterances[index]
                 record = {
                     "id": f"{item.id} × {factor}",
                     "corpus": added,
@@ -119,8 +149,14 @@ def change_speeds(settings: Prepare) -> None:
                     "speaker": f"{item.speaker} × {factor}",
                     "text": item.text,
                 }
-                writer.add(record, at_speed(corpus.samples(index), factor))
+                writer.add(record, samples)
             print(f"{added}: {writer.hops / 180_000:.2f} h so far", flush=True)
+
+
+def _factor(settings: Prepare, speaker: str, fast: int) -> float:
+    low, high = settings.faster if fast else settings.slower
+    share = zlib.crc32(f"{speaker} {fast}".encode()) / 2**32
+    return round(low + share * (high - low), 3)
 
 
 def missing_rows(path: Path, corpus: Corpus, channels: int) -> tuple[NDArray[np.float16], int]:
@@ -144,24 +180,26 @@ def label_voices(settings: Prepare) -> None:
     if corpus.voice is not None and len(corpus.voice) == len(corpus.audio):
         return
     dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
-    weights = settings.campplus
-    teacher = StandIn() if weights is None else Campplus(weights, dtype)
+    weights, device = settings.campplus, device_of(settings.device)
+    teacher = StandIn(device) if weights is None else Campplus(weights, dtype, device)
     embeddings = np.zeros((len(corpus.utterances), EMBEDDING_CHANNELS), np.float32)
     if corpus.voice is not None and corpus.embeddings is not None:
         embeddings[: len(corpus.embeddings)] = corpus.embeddings
     path = settings.target / "voice.f16"
     rows, done = missing_rows(path, corpus, VOICE_CHANNELS)
     progress = Progress("voices")
-    # by length: the teacher's kernels are compiled for each length they meet
     todo = [index for index, item in enumerate(corpus.utterances) if item.start >= done]
-    for index in sorted(todo, key=lambda index: corpus.utterances[index].hops):
-        item = corpus.utterances[index]
-        voice = teacher.voice(torch.from_numpy(corpus.wave(index)))
-        embeddings[index] = teacher.embed(voice).numpy()
+    for indices in corpus.of_one_length(todo):
+        waves = np.stack([corpus.wave(index) for index in indices])
+        voices = teacher.voices(torch.from_numpy(waves).to(device))
+        embeddings[indices] = teacher.embeds(voices).cpu().numpy()
+        hops = corpus.utterances[indices[0]].hops
         # the teacher has one row less than hops at most: its last window needs 400 samples
-        row = torch.cat([voice, voice[-1:].expand(item.hops - len(voice), -1)])
-        rows[item.start : item.start + item.hops] = row.half().numpy()
-        progress(item.hops)
+        voices = torch.cat([voices, voices[:, -1:].expand(-1, hops - voices.shape[1], -1)], 1)
+        for index, voice in zip(indices, voices.half().cpu().numpy(), strict=True):
+            start = corpus.utterances[index].start
+            rows[start : start + hops] = voice
+        progress(hops * len(indices))
     rows.flush()
     np.save(settings.target / "embeddings.npy", embeddings)
     path.with_suffix(".partial").rename(path)
@@ -174,7 +212,7 @@ def label_content(settings: Prepare) -> None:
         return
     if corpus.content is not None and len(corpus.content) == len(corpus.audio):
         return
-    teacher = WhisperEncoder(settings.whisper, threads=settings.threads)
+    teacher = WhisperEncoder(settings.whisper, device_of(settings.device))
     path = settings.target / "content.f16"
     rows, done = missing_rows(path, corpus, CONTENT_CHANNELS)
     progress = Progress("content")

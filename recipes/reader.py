@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.corpus import CHARACTERS, CONTENT_CHANNELS, Corpus
+from recipes.loop import device_of
 from recipes.objectives import ctc_loss, edit_distance, encode
 from recipes.settings import Settings, from_arguments
 from recipes.student import VOCABULARY
@@ -37,6 +38,7 @@ class Read(Settings):
         longest_hops: longer utterances are left out of the training.
         seed: of everything.
         threads: compute threads.
+        device: cpu, cuda, or auto.
     """
 
     data: Path
@@ -49,6 +51,7 @@ class Read(Settings):
     longest_hops: int = 900
     seed: int = 0
     threads: int = 1
+    device: str = "auto"
 
 
 class Reader(nn.Module):
@@ -68,7 +71,7 @@ class Reader(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: [B, T, 384] → logits [B, T, 32]"""
-        x = F.gelu(self.project(self.dropout((rows - self.mean) / self.deviation)))
+        x = F.gelu(self.project(self.dropout((rows.float() - self.mean) / self.deviation)))
         for conv, norm in zip(self.convolve, self.norms, strict=True):
             x = norm(x + self.dropout(F.gelu(conv(x.transpose(1, 2)).transpose(1, 2))))
         return self.out(x)
@@ -84,25 +87,25 @@ def content_statistics(corpus: Corpus) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(corpus: Corpus, indices: Sequence[int]) -> Tensor:
-    """The content rows of utterances, padded to the longest.  → [B, T, 384]."""
+    """The content rows of utterances, padded to the longest.  → [B, T, 384] float16"""
     assert corpus.content is not None
     items = [corpus.utterances[index] for index in indices]
-    rows = torch.zeros(len(items), max(item.hops for item in items), CONTENT_CHANNELS)
+    rows = np.zeros((len(items), max(item.hops for item in items), CONTENT_CHANNELS), np.float16)
     for row, item in zip(rows, items, strict=True):
-        part = np.array(corpus.content[item.start : item.start + item.hops], np.float32)
-        row[: item.hops] = torch.from_numpy(part)
-    return rows
+        row[: item.hops] = corpus.content[item.start : item.start + item.hops]
+    return torch.from_numpy(rows)
 
 
 @torch.inference_mode()
 def error(reader: Reader, corpus: Corpus) -> float:
     """Greedy character error rate on the development texts, in per cent."""
     reader.eval()
+    device = reader.out.weight.device
     wrong = total = 0
     for index, item in enumerate(corpus.utterances):
         if item.split != "dev" or not item.text:
             continue
-        best = reader(rows_of(corpus, [index]))[0].argmax(-1)
+        best = reader(rows_of(corpus, [index]).to(device))[0].argmax(-1)
         said = [i for i, _ in groupby(best.tolist()) if i > VOCABULARY.index("<unk>")]
         meant = encode(item.text).tolist()
         wrong += edit_distance(said, meant)
@@ -124,6 +127,7 @@ def train(reader: Reader, corpus: Corpus, settings: Read) -> None:
     batches = [usable[at : at + settings.batch] for at in range(0, len(usable), settings.batch)]
     order = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(reader.parameters(), settings.rate, weight_decay=0.02)
+    device = reader.out.weight.device
     steps, step, began = settings.epochs * len(batches), 0, time.monotonic()
     for epoch in range(settings.epochs):
         order.shuffle(batches)
@@ -131,8 +135,8 @@ def train(reader: Reader, corpus: Corpus, settings: Read) -> None:
             rise, fall = min(1.0, (step + 1) / 100), max(0.02, 1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * rise * fall
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = reader(rows_of(corpus, indices))
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = reader(rows_of(corpus, indices).to(device))
             lengths = torch.tensor([corpus.utterances[index].hops for index in indices])
             texts = [corpus.utterances[index].text for index in indices]
             loss = ctc_loss(logits, texts, lengths)
@@ -150,12 +154,15 @@ def write(reader: Reader, corpus: Corpus, folder: Path) -> None:
     """Writes the posteriors of every frame: ``characters.f16``, [hops, 32]."""
     assert corpus.content is not None
     reader.eval()
+    device = reader.out.weight.device
     path = folder / "characters.f16"
     shape = (len(corpus.content), CHARACTERS)
     rows = np.memmap(path.with_suffix(".partial"), np.float16, "w+", shape=shape)
-    for index, item in enumerate(corpus.utterances):
-        posterior = reader(rows_of(corpus, [index]))[0].softmax(-1)
-        rows[item.start : item.start + item.hops] = posterior.half().numpy()
+    for indices in corpus.of_one_length(range(len(corpus.utterances))):
+        posteriors = reader(rows_of(corpus, indices).to(device)).softmax(-1).half().cpu().numpy()
+        for index, posterior in zip(indices, posteriors, strict=True):
+            item = corpus.utterances[index]
+            rows[item.start : item.start + item.hops] = posterior
     rows.flush()
     path.with_suffix(".partial").rename(path)
 
@@ -170,10 +177,10 @@ def main() -> None:
     if settings.weights.exists():
         reader.load_state_dict(torch.load(settings.weights, weights_only=True))
     else:
-        train(reader, corpus, settings)
+        train(reader.to(device_of(settings.device)), corpus, settings)
         settings.weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save(reader.state_dict(), settings.weights)
-    write(reader, corpus, settings.data)
+    write(reader.to(device_of(settings.device)), corpus, settings.data)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ class Scene:
     """One training example of ``hops`` hops.
 
     Attributes:
-        wave: float32 [hops · 320].
+        wave: float32 [hops · 320]; of a scene that is only drawn, [0].
+        sound: int32 [3, hops], the hop of the corpus that each local speaker is heard with, or −1.
+        clean: left as recorded but for the level.
         activity: bool [hops, 3], the local speakers in order of appearance; as many as there are
             in a conversation of more.
         rows: int64 [hops, 3], the teacher's row of each active local speaker, or −1.
@@ -118,15 +120,21 @@ class Scene:
     """
 
     wave: NDArray[np.float32]
+    sound: NDArray[np.int32]
     activity: NDArray[np.bool_]
     rows: NDArray[np.int64]
+    clean: bool = False
     utterances: list[int] = field(default_factory=lambda: [-1] * LOCAL_SPEAKERS)
     text: str = ""
     said: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
 
 
 class Simulator:
-    """Draws scenes from the training split of a corpus."""
+    """Draws scenes from the training split of a corpus.
+
+    Attributes:
+        silent: scenes are only drawn; `recipes.mixing.Mixer` makes their sound, many at a time.
+    """
 
     def __init__(
         self,
@@ -136,8 +144,10 @@ class Simulator:
         *,
         split: str = "train",
         rooms: Bank | None = None,
+        silent: bool = False,
     ) -> None:
         self.corpus = corpus
+        self.silent = silent
         self.rooms = rooms
         self.acoustics = acoustics
         self.conversation = conversation
@@ -269,6 +279,7 @@ class _Stage:
         self.tracks: dict[int, NDArray[np.float32]] = {}
         self.activity = np.zeros((hops, speakers), np.bool_)
         self.rows = np.full((hops, speakers), -1, np.int64)
+        self.sound = np.full((speakers, hops), -1, np.int32)
         self.utterances = [-1] * speakers
         self.heard: dict[int, int] = {}  # speaker → local index, in order of appearance
         self.said: list[tuple[int, int, int, int]] = []
@@ -309,13 +320,10 @@ class _Stage:
         corpus = self.simulator.corpus
         item = corpus.utterances[index]
         begin = item.start + first
-        piece = corpus.audio[begin : begin + last - first].reshape(-1).astype(np.float32) / 32768
-        ramp = np.linspace(0, 1, FADE, dtype=np.float32)
-        piece[:FADE] *= ramp
-        piece[-FADE:] *= ramp[::-1]
+        self.sound[local, at : at + last - first] = np.arange(begin, begin + last - first)
+        if not self.simulator.silent:
+            self._lay(local, begin, last - first, at)
         active = corpus.activity[begin : begin + last - first].astype(np.bool_)
-        track = self.tracks.setdefault(local, np.zeros(self.hops * HOP, np.float32))
-        track[at * HOP : (at + last - first) * HOP] = piece
         self.activity[at : at + last - first, local] = active
         self.rows[at : at + last - first, local] = np.where(
             active, np.arange(begin, begin + last - first), -1
@@ -324,8 +332,24 @@ class _Stage:
         if (first, last) == self.simulator.bounds[index]:
             self.said.append((local, index, at, at + last - first))
 
+    def _lay(self, local: int, begin: int, hops: int, at: int) -> None:
+        """The sound of ``hops`` hops of the corpus from ``begin`` on, in a speaker's track."""
+        audio = self.simulator.corpus.audio
+        piece = audio[begin : begin + hops].reshape(-1).astype(np.float32) / 32768
+        ramp = np.linspace(0, 1, FADE, dtype=np.float32)
+        piece[:FADE] *= ramp
+        piece[-FADE:] *= ramp[::-1]
+        track = self.tracks.setdefault(local, np.zeros(self.hops * HOP, np.float32))
+        track[at * HOP : (at + hops) * HOP] = piece
+
     def finish(self, *, clean: bool = False) -> Scene:
         """Levels, room, noise and band → the scene; a ``clean`` one has its level alone."""
+        wave = np.zeros(0, np.float32) if self.simulator.silent else self._mixed(clean)
+        return Scene(
+            wave, self.sound, self.activity, self.rows, clean, self.utterances, said=self.said
+        )
+
+    def _mixed(self, clean: bool) -> NDArray[np.float32]:
         rng, how = self.rng, self.simulator.acoustics
         wave = np.zeros(self.hops * HOP, np.float32)
         level = rng.uniform(*how.level_db)
@@ -345,7 +369,7 @@ class _Stage:
         peak = np.abs(wave).max()
         if peak > 0.99:
             wave *= 0.99 / peak
-        return Scene(wave, self.activity, self.rows, self.utterances, said=self.said)
+        return wave
 
     def _dirty(self, wave: NDArray[np.float32], loudness: float) -> NDArray[np.float32]:
         """Adds what the microphone hears beside the speakers, and what the line takes away."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.attention import Attention
 from model.config import UniSpeechSatConfig
 from model.encoder import UniSpeechSatModel
 from model.features import ConvLayer
@@ -145,9 +146,26 @@ class Student(nn.Module):
         """Weights of the first convolution: [320, 1, 400]."""
         return self.first_layer.conv.weight
 
-    def forward(self, wave: Tensor, window: Window | None = None) -> Outputs:
-        """wave: [B, N] → outputs of T frames, as a stream with ``window`` would give them."""
-        encoded = self.encoder(wave, output_hidden_states=True, streaming=window)
+    def drop(self, share: float) -> None:
+        """Sets the dropout of every layer while training; masks of frames count from now on."""
+        self.encoder.config.apply_spec_augment = True
+        self.encoder.config.mask_time_prob = 0.0  # masks are given, not drawn
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
+            elif isinstance(module, Attention):
+                module.dropout = share
+
+    def forward(
+        self, wave: Tensor, window: Window | None = None, masked: Tensor | None = None
+    ) -> Outputs:
+        """wave: [B, N] → outputs of T frames, as a stream with ``window`` would give them.
+
+        masked: [B, T] bool, frames the layers do not see (see `drop`).
+        """
+        encoded = self.encoder(
+            wave, output_hidden_states=True, streaming=window, mask_time_indices=masked
+        )
         return Outputs(
             features=encoded.extract_features,
             hidden=encoded.last_hidden_state,
@@ -180,6 +198,10 @@ def _stay_in_float32(conv: nn.Conv1d) -> None:
 
     def forward(input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            return plain(input)
+            if input.device.type != "cuda":
+                return plain(input)
+            # one channel and hundreds of taps: cuDNN is slow at it, and would round to TF32
+            frames = input[:, 0].unfold(1, conv.kernel_size[0], conv.stride[0])
+            return (frames @ conv.weight[:, 0].T).transpose(1, 2)
 
     conv.forward = forward

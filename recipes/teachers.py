@@ -1,7 +1,7 @@
 """The teachers of our training: CAM++ (voices), segmentation-3.0 (activity), Whisper (content).
 
-CAM++, its filterbank and segmentation-3.0 are written here, inference only, straight from the
-tensors of the published state dicts; Whisper runs in CTranslate2.
+All three are written here, inference only, straight from the tensors of the published files, and
+run on any device.
 
 Source: Wang et al., "CAM++: A Fast and Efficient Network for Speaker Verification Using
 Context-Aware Masking" (Interspeech 2023), figures 1–2; weights of 3D-Speaker (Apache-2.0).
@@ -10,7 +10,8 @@ Whisper tiny.en (MIT).
 """
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,11 @@ def filterbank(wave: Tensor, filters: Tensor) -> Tensor:
 class Campplus:
     """CAM++ as a function of its state dict, in evaluation mode."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def __init__(
+        self, path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        state: dict[str, Tensor] = torch.load(path, map_location=device or "cpu", weights_only=True)
+        state = {key: value.float() for key, value in state.items()}
         self.tensors: dict[str, Tensor] = {k: v.to(dtype) for k, v in state.items() if v.ndim > 1}
         self.norms = {
             key.removesuffix(".running_mean"): _affine(state, key.removesuffix(".running_mean"))
@@ -73,7 +77,7 @@ class Campplus:
         }
         self.state = {k: v.to(dtype) for k, v in state.items()}
         self.dtype = dtype
-        self.filters = mel_filters()
+        self.filters = mel_filters().to(device)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         scale, shift = self.norms[name]
@@ -122,8 +126,13 @@ class Campplus:
 
         Row t is centred on sample 320 t + 200.
         """
+        return self.voices(wave[None])[0]
+
+    @torch.inference_mode()
+    def voices(self, waves: Tensor) -> Tensor:
+        """Recordings of one length.  [B, N] → [B, T, 512]"""
         w = self.tensors
-        x = filterbank(wave, self.filters).T[None].to(self.dtype)
+        x = filterbank(waves, self.filters).transpose(1, 2).to(self.dtype)
         x = self._front(x)
         x = F.conv1d(x, w["xvector.tdnn.linear.weight"], stride=2, padding=2)
         x = F.relu(self._norm(x, "xvector.tdnn.nonlinear.batchnorm"))
@@ -134,7 +143,7 @@ class Campplus:
             transit = f"xvector.transit{block}"
             x = F.relu(self._norm(x, f"{transit}.nonlinear.batchnorm"))
             x = F.conv1d(x, w[f"{transit}.linear.weight"])
-        return F.relu(self._norm(x, "xvector.out_nonlinear.batchnorm"))[0].T.float()
+        return F.relu(self._norm(x, "xvector.out_nonlinear.batchnorm")).transpose(1, 2).float()
 
     @torch.inference_mode()
     def embed(self, voice: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -143,13 +152,21 @@ class Campplus:
         weight: [T], what each row counts in both; None is all the same.
         """
         if weight is None:
-            weight = voice.new_ones(len(voice))
+            return self.embeds(voice[None])[0]
         total = weight.sum()
         mean = weight @ voice / total
         freedom = total - (weight**2).sum() / total
         pooled = torch.cat([mean, (weight @ (voice - mean) ** 2 / freedom).sqrt()])
+        return self._dense(pooled[None])[0]
+
+    @torch.inference_mode()
+    def embeds(self, voices: Tensor) -> Tensor:
+        """[B, T, 512] → [B, 192]"""
+        return self._dense(torch.cat([voices.mean(1), voices.std(1)], 1))
+
+    def _dense(self, pooled: Tensor) -> Tensor:
         weight = self.tensors["xvector.dense.linear.weight"][..., 0].float()
-        return self._norm((weight @ pooled)[None], "xvector.dense.nonlinear.batchnorm")[0]
+        return self._norm(pooled @ weight.T, "xvector.dense.nonlinear.batchnorm")
 
 
 class StandIn:
@@ -158,21 +175,21 @@ class StandIn:
     It knows a voice by its spectrum, which is enough to see that the recipes run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.filters = mel_filters()
-        self.project = torch.randn(80, 512, generator=generator) / 80**0.5
-        self.dense = torch.randn(1024, 192, generator=generator) / 1024**0.5
+        self.filters = mel_filters().to(device)
+        self.project = (torch.randn(80, 512, generator=generator) / 80**0.5).to(device)
+        self.dense = (torch.randn(1024, 192, generator=generator) / 1024**0.5).to(device)
 
-    def voice(self, wave: Tensor) -> Tensor:
-        """As `Campplus.voice`."""
-        energies = filterbank(wave, self.filters)
-        energies = energies[: len(energies) // 2 * 2].view(-1, 2, 80).mean(1)
+    def voices(self, waves: Tensor) -> Tensor:
+        """As `Campplus.voices`."""
+        energies = filterbank(waves, self.filters)
+        energies = energies[:, : energies.shape[1] // 2 * 2].unflatten(1, (-1, 2)).mean(2)
         return F.relu(energies @ self.project)
 
-    def embed(self, voice: Tensor) -> Tensor:
-        """As `Campplus.embed`."""
-        return torch.cat([voice.mean(0), voice.std(0)]) @ self.dense
+    def embeds(self, voices: Tensor) -> Tensor:
+        """As `Campplus.embeds`."""
+        return torch.cat([voices.mean(1), voices.std(1)], 1) @ self.dense
 
 
 class Segmentation:
@@ -188,17 +205,18 @@ class Segmentation:
 
     samples = 160_000
 
-    def __init__(self, path: Path) -> None:
-        self.state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)[
-            "state_dict"
-        ]
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
+        self.state: dict[str, Tensor] = torch.load(
+            path, map_location=device or "cpu", weights_only=True
+        )["state_dict"]
         self.filters = self._sinc()
         self.lstm = torch.nn.LSTM(60, 128, 4, bidirectional=True, batch_first=True)
         prefix = "lstm."
         self.lstm.load_state_dict(
             {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
         )
-        self.members = torch.zeros(len(CLASSES), 3)
+        self.lstm.to(device)
+        self.members = torch.zeros(len(CLASSES), 3, device=device)
         for row, talking in enumerate(CLASSES):
             self.members[row, list(talking)] = 1
 
@@ -244,7 +262,9 @@ class Segmentation:
         Row t is centred on sample 320 t + 360, as the student's.
         """
         known = self.logits(wave).softmax(-1) @ self.members
-        at = ((320 * torch.arange(frames) + 360 - 495) / 270).clamp(0, known.shape[1] - 1.001)
+        at = ((320 * torch.arange(frames, device=wave.device) + 360 - 495) / 270).clamp(
+            0, known.shape[1] - 1.001
+        )
         left = at.long()
         share = (at - left)[:, None]
         return known[:, left].lerp(known[:, left + 1], share)
@@ -259,18 +279,50 @@ class WhisperEncoder:
 
     hops = 1500
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
-        try:
-            import ctranslate2
-        except ImportError as error:
-            raise SystemExit("the content teacher needs ctranslate2: pip install it") from error
-        from transformers import WhisperFeatureExtractor
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        self.state = {
+            name.removeprefix("encoder/"): tensor.to(device)
+            for name, tensor in read_ctranslate2(folder / "model.bin")
+            if name.startswith("encoder/")
+        }
+        self.heads = int(self.state["num_heads"])
+        self.layers = sum(name.endswith("/ffn/linear_0/weight") for name in self.state)
+        self.filters = slaney_filters().to(device)
+        self.device = device
 
-        self.features = WhisperFeatureExtractor()
-        self.wrap = ctranslate2.StorageView.from_array
-        self.model = ctranslate2.models.Whisper(
-            str(folder), device="cpu", compute_type="float32", intra_threads=threads
-        )
+    def features(self, wave: Tensor) -> Tensor:
+        """Log-mel energies, 25 ms Hann windows every 10 ms.  [B, N] → [B, 80, N / 160]"""
+        window = torch.hann_window(400, device=wave.device)
+        spectrum = torch.stft(wave, 400, 160, window=window, return_complex=True)[..., :-1]
+        energies = (self.filters.T @ spectrum.abs().square()).clamp(min=1e-10).log10()
+        floor = energies.amax((1, 2), keepdim=True) - 8
+        return (torch.maximum(energies, floor) + 4) / 4
+
+    @torch.inference_mode()
+    def encode(self, wave: Tensor) -> Tensor:
+        """[B, 480,000] samples in ±1 → [B, 1500, 384]"""
+        w = self.state
+        x = self.features(wave)
+        x = F.gelu(F.conv1d(x, w["conv1/weight"], w["conv1/bias"], padding=1))
+        x = F.gelu(F.conv1d(x, w["conv2/weight"], w["conv2/bias"], stride=2, padding=1))
+        x = x.transpose(1, 2) + w["position_encodings/encodings"]
+        for layer in range(self.layers):
+            name = f"layer_{layer}/self_attention"
+            y = self._linear(self._norm(x, f"{name}/layer_norm"), f"{name}/linear_0")
+            query, key, value = y.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(query, key, value)
+            x = x + self._linear(y.transpose(1, 2).flatten(2), f"{name}/linear_1")
+            name = f"layer_{layer}/ffn"
+            y = F.gelu(self._linear(self._norm(x, f"{name}/layer_norm"), f"{name}/linear_0"))
+            x = x + self._linear(y, f"{name}/linear_1")
+        return self._norm(x, "layer_norm")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.state[f"{name}/weight"], self.state[f"{name}/bias"])
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        gamma, beta = self.state[f"{name}/gamma"], self.state[f"{name}/beta"]
+        return F.layer_norm(x, gamma.shape, gamma, beta)
 
     def rows(
         self, waves: Sequence[NDArray[np.float32]], gap: int = 10
@@ -286,12 +338,57 @@ class WhisperEncoder:
             window[at : at + len(part)] = part
             starts.append(at // 320)
             at += len(wave) + gap * 320
-        mel = self.features(window, sampling_rate=16_000, return_tensors="np").input_features
-        out = np.array(self.model.encode(self.wrap(np.ascontiguousarray(mel, np.float32))))[0]
+        out = self.encode(torch.from_numpy(window)[None].to(self.device))[0].half().cpu().numpy()
         return [
-            out[start : start + len(wave) // 320].astype(np.float16)
-            for start, wave in zip(starts, waves, strict=True)
+            out[start : start + len(wave) // 320] for start, wave in zip(starts, waves, strict=True)
         ]
+
+
+def read_ctranslate2(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and float32 value of the variables of a ``model.bin``, of its binary version 6.
+
+    A file is its versions and the specification's name, then a variable after the other: name,
+    shape, type, size in bytes, values; strings carry their length and end with a zero.
+
+    Raises:
+        ValueError: another version, or a type that is not floating point (a quantised model).
+    """
+    types = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+    with path.open("rb") as file:
+
+        def number(form: str) -> int:
+            return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
+
+        def text() -> str:
+            return file.read(number("H"))[:-1].decode()
+
+        version = number("I")
+        if version != 6:
+            raise ValueError(f"{path}: expected CTranslate2's binary version 6, got {version}")
+        text(), number("I")
+        for _ in range(number("I")):
+            name = text()
+            shape = [number("I") for _ in range(number("B"))]
+            kind = types.get(number("B"))
+            size = number("I")
+            if kind is None or (kind is np.int8 and shape):
+                raise ValueError(f"{path}: {name}: expected floating point, got a quantised model")
+            values = np.frombuffer(file.read(size), kind).reshape(shape)
+            yield name, torch.from_numpy(values.astype(np.float32))
+
+
+def slaney_filters(bins: int = 80, size: int = 400, rate: int = 16_000) -> Tensor:
+    """Triangular filters of unit area on Slaney's mel scale, as Whisper has.  → [size/2 + 1, bins]
+
+    Source: Slaney, "Auditory Toolbox" (1998): linear to 1 kHz, then 27 steps for a factor of 6.4.
+    """
+    top = 15 + 27 * math.log(rate / 2 / 1000) / math.log(6.4)
+    mels = torch.linspace(0, top, bins + 2, dtype=torch.float64)
+    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    hertz = (torch.arange(size // 2 + 1) * rate / size).double()[:, None]
+    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (edges[2:] - edges[:-2])).float()
 
 
 def _affine(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

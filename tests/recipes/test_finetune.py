@@ -11,7 +11,7 @@ from model.heads import (
 )
 from model.state import Window
 from recipes.export import load_student, write_checkpoints
-from recipes.finetune import Finetune, Run
+from recipes.finetune import Finetune, Rows, Run
 from recipes.loop import resume, save
 from recipes.settings import load
 from recipes.student import Shape, Student
@@ -172,3 +172,56 @@ def test_settings_take_changes_and_refuse_unknown_keys(tmp_path):
         load(Shape, path, ["depth=4"])
     with pytest.raises(ValueError, match="expected key=value, got 'layers'"):
         load(Shape, path, ["layers"])
+
+
+def test_a_run_whose_device_mixes_learns_and_makes_the_same_steps_again(settings, tmp_path):
+    changed = settings.model_copy(update={"mix": True, "dropout": 0.1, "masked": 0.2})
+    run = Run(changed)
+    steps = [run.advance() for _ in range(25)]
+    for name in ("u.ctc", "u.activity", "c.activity", "c.mel"):
+        first = sum(step[name] for step in steps[:5])
+        last = sum(step[name] for step in steps[-5:])
+        assert last < 0.95 * first, (name, first, last)
+    save(run, tmp_path)
+    expected = run.advance()
+    again = Run(changed)
+    assert resume(again, tmp_path)
+    assert again.advance() == expected
+
+
+def test_frames_are_masked_ten_at_a_time_and_counted(settings):
+    run = Run(settings.model_copy(update={"masked": 0.2, "mix": True}))
+    (batch, _), _ = run.feed(0)
+    assert batch.wave.shape[1] == 0
+    run.generator.manual_seed(0)
+    hidden = torch.stack([run.masked(batch) for _ in range(50)])
+    assert 0.1 < hidden.float().mean() < 0.25  # spans that meet count once
+    starts = hidden[..., 1:] & ~hidden[..., :-1]
+    spans = hidden.unfold(-1, 10, 1).all(-1)
+    inner = starts[..., : spans.shape[-1] - 1]
+    assert spans[..., 1:][inner].all()
+    assert Run(settings).masked(batch) is None
+
+
+def test_what_is_masked_is_not_seen(settings):
+    torch.manual_seed(0)
+    student = Student(settings.shape).eval()
+    wave = 0.1 * torch.randn(1, 16_000)
+    other = wave.clone()
+    other[:, 4000:6000] = 0.1 * torch.randn(2000)
+    masked = torch.zeros(1, 49, dtype=torch.bool)
+    masked[:, 8:22] = True
+    assert not torch.allclose(student(wave).hidden, student(other).hidden)
+    student.drop(0.1)
+    hidden = [student(each, masked=masked).hidden for each in (wave, other)]
+    torch.testing.assert_close(*hidden)
+    assert not torch.allclose(student.train()(wave).hidden, student(wave).hidden)
+
+
+def test_rows_in_memory_are_those_on_disk(corpus):
+    disk = Rows(corpus.voice, torch.device("cpu"))
+    memory = Rows(corpus.voice, torch.device("cpu"))
+    memory.memory = torch.from_numpy(corpus.voice[:].copy())
+    at = torch.tensor([3, 0, 7])
+    assert torch.equal(disk[at], memory[at])
+    assert len(disk) == len(corpus.voice)

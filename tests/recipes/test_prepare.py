@@ -1,10 +1,13 @@
 import shutil
+from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 
 from recipes.corpus import Corpus
-from recipes.prepare import Prepare, at_speed, change_speeds
+from recipes.prepare import Prepare, at_speed, change_speeds, label_voices, side_by_side
+from recipes.teachers import StandIn
 
 
 def loudest_hz(samples):
@@ -48,3 +51,46 @@ def test_training_speakers_are_heard_slower_and_faster_as_others(data, tmp_path)
     assert len(corpus.activity) == len(corpus.audio)
     change_speeds(settings)  # what is there already stays as it is
     assert len(Corpus(folder).utterances) == len(corpus.utterances)
+
+
+def test_each_utterance_can_be_heard_at_both_speeds(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    settings = Prepare(
+        target=folder,
+        corpora=[],
+        other_speeds=["tones"],
+        at_both=True,
+        noise=tmp_path / "noise.tar",
+        campplus=None,
+        workers=1,
+    )
+    change_speeds(settings)
+    added = Corpus(folder).utterances[len(Corpus(data).utterances) :]
+    assert len(added) == 18
+    assert len({item.speaker for item in added}) == 6
+
+
+def test_workers_keep_the_order(tmp_path):
+    settings = Prepare(target=tmp_path, corpora=[], noise=tmp_path, campplus=None, workers=2)
+    assert list(side_by_side(settings, divmod, range(40), [7] * 40)) == [
+        divmod(number, 7) for number in range(40)
+    ]
+
+
+def test_utterances_of_one_length_are_labelled_together_and_as_alone(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "voice.f16").unlink()
+    settings = Prepare(target=folder, corpora=[], noise=tmp_path, campplus=None, bfloat16=False)
+    label_voices(settings)
+    corpus = Corpus(folder)
+    batches = list(corpus.of_one_length(range(len(corpus.utterances))))
+    assert sorted(chain(*batches)) == list(range(len(corpus.utterances)))
+    assert max(map(len, batches)) > 1
+    teacher = StandIn()
+    for index, item in enumerate(corpus.utterances):
+        voice = teacher.voices(torch.from_numpy(corpus.wave(index))[None])
+        rows = corpus.voice[item.start : item.start + voice.shape[1]]
+        np.testing.assert_allclose(rows, voice[0].numpy(), atol=2e-2)
+        np.testing.assert_allclose(corpus.embeddings[index], teacher.embeds(voice)[0], atol=1e-3)
