@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,12 @@ def test_the_tour_runs_as_it_is(tmp_path):
     events = [parse(line) for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
     assert (events[0].type, events[-1].type) == ("session.opened", "session.closed")
     assert events[-1].reason == "ended"
-    said = [event.text for event in events if event.type == "transcript.final"]
+    said = [
+        " ".join(word.word for word in words)  # a line for each speaker of a final
+        for event in events
+        if event.type == "transcript.final"
+        for _, words in groupby(event.words, lambda word: word.speaker)
+    ]
     assert said
     assert all(text in done.stdout for text in said)
 
