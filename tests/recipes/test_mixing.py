@@ -4,7 +4,7 @@ import torch
 from scipy.signal import butter, oaconvolve, sosfreqz
 
 from recipes.corpus import HOP
-from recipes.mixing import Mixer
+from recipes.mixing import Mixer, _Draw
 from recipes.rooms import Bank
 from recipes.simulate import Acoustics, Conversation, Simulator
 
@@ -95,8 +95,6 @@ def test_a_room_of_the_bank_is_convolved_with_each_speaker(corpus):
 def test_a_tail_dies_and_keeps_the_direct_sound(corpus):
     how = DRY.model_copy(update={"reverb": 1.0, "reverb_s": (0.3, 0.3)})
     mixer = Mixer(corpus, how, None, CPU)
-    from recipes.mixing import _Draw
-
     tails = mixer._rooms(_Draw(torch.Generator().manual_seed(0), CPU), 5, 3)
     assert (tails[..., 0] == 1).all()
     assert (tails[..., 4800:] == 0).all()
