@@ -522,10 +522,9 @@ class Run:
         made = self.step - s.first_step
         keep = min(s.average, made / (made + 10))
         with torch.no_grad():
-            weights_now = dict(self.student.named_parameters())
-            torch._foreach_lerp_(
-                list(self.average.values()), [weights_now[name] for name in self.average], 1 - keep
-            )
+            # in the order of the parameters, as it was made
+            averaged = list(self.average.values())
+            torch._foreach_lerp_(averaged, list(self.student.parameters()), 1 - keep)
         return said
 
     def state(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The sound of many scenes at once, on the device that trains: what `recipes.simulate` does to one.
 
-A GPU learns some thousand times faster than speech is spoken; no number of cores mixes that much.
-So scenes are only drawn on the CPU (`Simulator.silent`: who is heard with which hop of the corpus),
-and their levels, rooms, noises and microphones are made here, batch by batch, from the corpus in
-the device's memory. The distributions are those of `Acoustics`; three things are done otherwise:
-filters are applied to the spectrum and have no phase, noise of a colour does not repeat, and of the
-codecs there is µ-law alone.
+A GPU learns many thousand times faster than speech is spoken, and a core mixes some hundred times
+faster (`README.md` has both). So scenes are only drawn on the CPU (`Simulator.silent`: who is heard
+with which hop of the corpus), and their levels, rooms, noises and microphones are made here, batch
+by batch, from the corpus in the device's memory. The distributions are those of `Acoustics`; three
+things are done otherwise: filters are applied to the spectrum and have no phase, noise of a colour
+does not repeat, and of the codecs there is µ-law alone.
 
 A batch is drawn from a generator of the device: it is the same again on the same kind of device.
 """
@@ -210,7 +210,7 @@ class Mixer:
         at = ((octaves - np.log2(60.0)) / 0.78).clamp(0, 9 - 1e-4)
         left = at.long()
         gain = gains[:, left].lerp(gains[:, left + 1], (at - left).expand(B, -1))
-        bass, treble = draw.log2_of((60, 300), B, 1), draw.log2_of((3000, 7500), B, 1)
+        bass, treble = (draw.uniform(at, B, 1).log2() for at in ((60, 300), (3000, 7500)))
         for beyond in (bass - octaves, octaves - treble):
             steep = draw.uniform((6, 24), B, 1) * draw.share(0.5, B, 1)
             gain = gain - steep * beyond.clamp(min=0)
@@ -229,9 +229,6 @@ class _Draw:
 
     def log_uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low * (high / low) ** self.uniform((0, 1), *shape)
-
-    def log2_of(self, bounds: tuple[float, float], *shape: int) -> Tensor:
-        return self.uniform(bounds, *shape).log2()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)

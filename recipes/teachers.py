@@ -40,9 +40,7 @@ def mel_filters(bins: int = 80, size: int = 512, rate: int = 16_000, low: float 
     first, last = mel(torch.tensor([low, rate / 2])).tolist()
     edges = torch.linspace(first, last, bins + 2)
     position = mel(torch.arange(size // 2 + 1) * rate / size)[:, None]
-    rising = (position - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - position) / (edges[2:] - edges[1:-1])
-    filters = torch.minimum(rising, falling).clamp(min=0)
+    filters = _triangles(position, edges)
     filters[-1] = 0  # Kaldi leaves the Nyquist bin out
     return filters
 
@@ -386,9 +384,14 @@ def slaney_filters(bins: int = 80, size: int = 400, rate: int = 16_000) -> Tenso
     mels = torch.linspace(0, top, bins + 2, dtype=torch.float64)
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     hertz = (torch.arange(size // 2 + 1) * rate / size).double()[:, None]
-    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
-    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (edges[2:] - edges[:-2])).float()
+    return (_triangles(hertz, edges) * 2 / (edges[2:] - edges[:-2])).float()
+
+
+def _triangles(at: Tensor, edges: Tensor) -> Tensor:
+    """Each rises from an edge to 1 at the next, and falls.  at: [F, 1], edges: [N + 2] → [F, N]"""
+    rising = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - at) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0)
 
 
 def _affine(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,23 @@ import pytest
 import torch
 
 from recipes.corpus import HOP, VOICE_CHANNELS, Corpus, Writer, write_noises
+from recipes.simulate import Acoustics, Conversation
 from recipes.student import Shape, Student
 
 SPEAKERS = 4
 UTTERANCES = 3
+
+DRY = Acoustics(
+    level_db=(-20, -20),
+    speaker_level_db=0,
+    noise=0,
+    room_tone_snr_db=(120, 120),
+    reverb=0,
+    narrow_band=0,
+)
+"""Speech at one level, and nothing else."""
+
+STYLE = Conversation(sources={"tones": 0.8, "nameless": 0.2})
 
 
 def voiced(rng, pitch, hops):

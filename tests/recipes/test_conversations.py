@@ -4,16 +4,8 @@ import soundfile as sf
 
 from recipes.conversations import Meetings, meeting, read_clips, simulated_clips, spans
 from recipes.corpus import HOP
-from recipes.simulate import Acoustics, Conversation, Simulator
-
-DRY = Acoustics(
-    level_db=(-20, -20),
-    speaker_level_db=0,
-    noise=0,
-    room_tone_snr_db=(120, 120),
-    reverb=0,
-    narrow_band=0,
-)
+from recipes.simulate import Conversation, Simulator
+from tests.recipes.conftest import DRY
 
 
 def test_clips_are_read_with_their_reference(tmp_path):

@@ -6,17 +6,9 @@ from scipy.signal import butter, oaconvolve, sosfreqz
 from recipes.corpus import HOP
 from recipes.mixing import Mixer, _Draw
 from recipes.rooms import Bank
-from recipes.simulate import Acoustics, Conversation, Simulator
+from recipes.simulate import Acoustics, Simulator
+from tests.recipes.conftest import DRY, STYLE
 
-DRY = Acoustics(
-    level_db=(-20, -20),
-    speaker_level_db=0,
-    noise=0,
-    room_tone_snr_db=(120, 120),
-    reverb=0,
-    narrow_band=0,
-)
-STYLE = Conversation(sources={"tones": 0.8, "nameless": 0.2})
 CPU = torch.device("cpu")
 SEEDS = range(6)
 

@@ -23,16 +23,21 @@ def test_speed_moves_pitch_and_length(factor):
     assert loudest_hz(moved) == pytest.approx(400 * factor, abs=1)
 
 
-def test_training_speakers_are_heard_slower_and_faster_as_others(data, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(data, folder)
-    settings = Prepare(
-        target=folder,
-        corpora=[],
-        other_speeds=["tones", "nameless"],
-        noise=tmp_path / "noise.tar",
-        campplus=None,
-    )
+@pytest.fixture
+def again(data, tmp_path):
+    """Settings of a stage that finds its corpora decoded in a folder of the test's own."""
+    shutil.copytree(data, tmp_path / "data")
+
+    def settings(**more):
+        folder, noise = tmp_path / "data", tmp_path / "noise.tar"
+        return Prepare(target=folder, corpora=[], noise=noise, campplus=None, **more)
+
+    return settings
+
+
+def test_training_speakers_are_heard_slower_and_faster_as_others(data, again):
+    settings = again(other_speeds=["tones", "nameless"])
+    folder = settings.target
     change_speeds(settings)
     before, corpus = Corpus(data), Corpus(folder)
     added = corpus.utterances[len(before.utterances) :]
@@ -53,20 +58,10 @@ def test_training_speakers_are_heard_slower_and_faster_as_others(data, tmp_path)
     assert len(Corpus(folder).utterances) == len(corpus.utterances)
 
 
-def test_each_utterance_can_be_heard_at_both_speeds(data, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(data, folder)
-    settings = Prepare(
-        target=folder,
-        corpora=[],
-        other_speeds=["tones"],
-        at_both=True,
-        noise=tmp_path / "noise.tar",
-        campplus=None,
-        workers=1,
-    )
+def test_each_utterance_can_be_heard_at_both_speeds(data, again):
+    settings = again(other_speeds=["tones"], at_both=True, workers=1)
     change_speeds(settings)
-    added = Corpus(folder).utterances[len(Corpus(data).utterances) :]
+    added = Corpus(settings.target).utterances[len(Corpus(data).utterances) :]
     assert len(added) == 18
     assert len({item.speaker for item in added}) == 6
 
@@ -78,13 +73,11 @@ def test_workers_keep_the_order(tmp_path):
     ]
 
 
-def test_utterances_of_one_length_are_labelled_together_and_as_alone(data, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(data, folder)
-    (folder / "voice.f16").unlink()
-    settings = Prepare(target=folder, corpora=[], noise=tmp_path, campplus=None, bfloat16=False)
+def test_utterances_of_one_length_are_labelled_together_and_as_alone(again):
+    settings = again(bfloat16=False)
+    (settings.target / "voice.f16").unlink()
     label_voices(settings)
-    corpus = Corpus(folder)
+    corpus = Corpus(settings.target)
     batches = list(corpus.of_one_length(range(len(corpus.utterances))))
     assert sorted(chain(*batches)) == list(range(len(corpus.utterances)))
     assert max(map(len, batches)) > 1

@@ -3,16 +3,7 @@ import pytest
 
 from recipes.corpus import HOP, speech_activity
 from recipes.simulate import Acoustics, Conversation, Simulator, colored, room
-
-DRY = Acoustics(
-    level_db=(-20, -20),
-    speaker_level_db=0,
-    noise=0,
-    room_tone_snr_db=(120, 120),
-    reverb=0,
-    narrow_band=0,
-)
-STYLE = Conversation(sources={"tones": 0.8, "nameless": 0.2})
+from tests.recipes.conftest import DRY, STYLE
 
 
 @pytest.fixture
