@@ -31,7 +31,8 @@ class Normalise(Settings):
         target: the checkpoint to write.
         data: folder of stage 1.
         scenes: how many are heard.
-        hops: their length.
+        hops: their length, below `recipes.simulate.WHOLE_HOPS`: of whole utterances as short as
+            this, few speakers have any.
         acoustics: of the scenes.
         sources: share of each corpus; its speakers must be known.
         shrinkage: share of a sphere in the covariance.
@@ -43,7 +44,7 @@ class Normalise(Settings):
     target: Path
     data: Path
     scenes: int = 3000
-    hops: int = 150
+    hops: int = 140
     acoustics: Acoustics = Acoustics()
     sources: dict[str, float]
     shrinkage: float = 0.5

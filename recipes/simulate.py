@@ -23,6 +23,10 @@ LOCAL_SPEAKERS = 3
 WHOLE_HOPS = 150
 """Scenes of one utterance as long as this hold a whole one; shorter ones are for the voice."""
 
+ENOUGH = 0.1
+"""Share of a corpus's utterances that must fill a scene for whole ones to be drawn from it: of
+fifty short sentences among hundreds of long ones, these few would be learnt by heart."""
+
 FADE = 80
 """Samples (5 ms) over which a cut piece of speech fades in and out."""
 
@@ -174,15 +178,18 @@ class Simulator:
     def single(self, rng: np.random.Generator, hops: int, sources: dict[str, float]) -> Scene:
         """One utterance with silence around it, or in a short scene a piece of one."""
         whole = hops >= WHOLE_HOPS
-        if whole:  # of the corpora that have utterances to fill such a scene
-            many = [name for name in sources if len(self._filling(name, hops)) > 20]
-            sources = {name: sources[name] for name in many} or sources
+        if whole:  # of the corpora that have utterances to fill such a scene, or longer ones
+            fit = [name for name in sources if self._fills(name, hops) or self._cut(name, hops)]
+            sources = {name: sources[name] for name in fit} or sources
         corpus = _choose(rng, sources)
-        fitting = self._filling(corpus, hops)
-        if not len(fitting):
-            fitting = self.by_corpus[corpus][self.spoken[corpus] <= hops - 4]
-        whole = whole and len(fitting) > 0
-        index = int(rng.choice(fitting if whole else self.by_corpus[corpus]))
+        indices = self.by_corpus[corpus]
+        if whole and self._fills(corpus, hops):
+            indices = self._filling(corpus, hops)
+        elif whole and not self._cut(corpus, hops):
+            indices = indices[self.spoken[corpus] <= hops - 4]
+        else:
+            whole = False
+        index = int(rng.choice(indices))
         item = self.corpus.utterances[index]
         first, last = self.bounds[index]
         # keep a little of the recording's own silence, so that no onset is lost
@@ -202,6 +209,14 @@ class Simulator:
         """The utterances that fit in a scene of ``hops`` and fill most of it."""
         spoken = self.spoken[corpus]
         return self.by_corpus[corpus][(spoken <= hops - 4) & (spoken > 0.55 * hops)]
+
+    def _fills(self, corpus: str, hops: int) -> bool:
+        """Whether so many do that none of them is heard all the time."""
+        return len(self._filling(corpus, hops)) >= ENOUGH * len(self.by_corpus[corpus])
+
+    def _cut(self, corpus: str, hops: int) -> bool:
+        """Whether its utterances are so long that pieces of them are heard instead."""
+        return float(np.median(self.spoken[corpus])) > hops
 
     def nobody(self, rng: np.random.Generator, hops: int) -> Scene:
         """Noise and room tone only."""

@@ -1,12 +1,13 @@
 """Turn embeddings → the session's speakers S1, S2, …: online clustering with second thoughts.
 
-A speaker is the sum of his turns' unit vectors, each weighted by its clean speech (its share).
-A turn is decided against the sums without its own share, so a decision can be made again and
-again while the turn grows. Turns with little clean speech are tentative: they take the nearest
-speaker and move nothing. After every turn the past is looked at again: two speakers may turn out
-to be one (merged), a turn may turn out to be another's (split).
+A speaker is the sum of his turns' unit vectors, each weighted by what its clean speech is worth
+(`resemblance.py`). A turn is decided against the sums without its own share, so a decision can be
+made again and again while the turn grows. After every turn the past is looked at again as if
+nothing had been decided: the turns that are remembered are put together anew, and two speakers may
+turn out to be one (merged), a turn may turn out to be another's (split).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.clock import FRAME_RATE
+from stream.tracks.resemblance import TwoCovariance, Vector, agglomerate, value
 from stream.tracks.settings import SpeakersSettings, hops
 
-Vector = NDArray[np.float64]
 Distinct = Callable[[int, int], bool]
 
 TOLD: Final = 4096
@@ -26,18 +27,23 @@ TOLD: Final = 4096
 HELD: Final = 128
 """Speakers compared with a voice; beyond, who has not talked of late and least of all is gone."""
 
+NOTHING: Final = 1e-6
+"""A precision below this is what rounding leaves of none."""
+
 
 @dataclass
 class Speaker:
     """One voice of the session.
 
     Attributes:
-        total: [E] sum of the shares of its turns.
+        total: [E] sum of the turns' unit vectors, each times its precision.
+        precision: Sum of these.
         evidence: Frames of clean speech in that sum.
         turns: Numbers of the turns that carry this label, the latest `TOLD` of them.
     """
 
     total: Vector
+    precision: float = 0.0
     evidence: float = 0.0
     turns: list[int] = field(default_factory=list[int])
 
@@ -49,8 +55,8 @@ class Past:
     Attributes:
         number: The turn's number.
         label: Its speaker now.
-        vector: [E] unit vector, or zeros where the turn had no clean speech.
-        weight: Frames of clean speech it adds to its speaker; 0 while tentative.
+        vector: [E] unit vector, or [0] where the turn had no clean speech.
+        precision: What it weighs in its speaker's sum.
         evidence: Frames of clean speech it has.
         beside: Turn number → frames for which both were active.
     """
@@ -58,7 +64,7 @@ class Past:
     number: int
     label: int
     vector: Vector
-    weight: float
+    precision: float
     evidence: float
     beside: dict[int, int]
 
@@ -80,7 +86,7 @@ class Decision:
         label: Number of the speaker; new if the session has none of that number.
         score: Cosine with that speaker; None where there is nothing to compare.
         margin: Score less the runner-up's.
-        sure: The turn may move the speaker's centroid.
+        sure: The turn has clean speech enough to be sure of that.
     """
 
     label: int
@@ -106,11 +112,9 @@ class Clusters:
         self.settings = settings
         self.state = state or ClustersState()
         self._mean = None if settings.mean is None else np.asarray(settings.mean, np.float64)
+        self._model = TwoCovariance.of(settings)
         self._sure = hops(settings.sure_ms)
-        self._new = hops(settings.new_ms)
-        self._share = hops(settings.share_ms)
         self._rival = hops(settings.rival_ms)
-        self._merge = hops(settings.merge_ms)
         self._cannot_link = hops(settings.cannot_link_ms)
 
     def unit(self, embedding: NDArray[np.floating]) -> Vector:
@@ -156,17 +160,17 @@ class Clusters:
             vector: [E] unit vector of its voice; None without any clean speech.
             evidence: Frames of clean speech in it.
             beside: Turn number → frames for which that turn was active at the same time.
-            prior: Label → what is added to its score for reasons other than the voice.
+            prior: Label → what is added to its log-likelihood ratio for reasons other than the
+                voice.
         """
         before = self._forget(number)
         rivals = self.rivals(number, beside)
         decision = self._choose(vector, evidence, rivals, prior or {}, before)
-        zeros = np.zeros(0) if vector is None else np.zeros_like(vector)
         past = Past(
             number=number,
             label=decision.label,
-            vector=zeros if vector is None else vector,
-            weight=min(evidence, float(self._share)) if decision.sure else 0.0,
+            vector=np.zeros(0) if vector is None else vector,
+            precision=0.0 if vector is None else self._model.precision(evidence),
             evidence=evidence,
             beside=dict(beside),
         )
@@ -174,18 +178,17 @@ class Clusters:
         return decision
 
     def nearest(
-        self, number: int, vector: Vector, beside: dict[int, int], *, besides: int
+        self, number: int, vector: Vector, evidence: float, beside: dict[int, int], *, besides: int
     ) -> float | None:
         """Score of the nearest known speaker but one, whom this turn may have; None if nobody."""
         rivals = self.rivals(number, beside) | {besides}
-        scores = [
-            score
-            for label, speaker in self.state.speakers.items()
-            if label not in rivals
-            and speaker.evidence >= self._sure
-            and (score := self._score(vector, label)) >= self.settings.same_threshold
+        known = [
+            label
+            for label, ratio in self._ratios(vector, evidence, rivals).items()
+            if ratio >= self.settings.threshold
+            and self.state.speakers[label].evidence >= self._sure
         ]
-        return max(scores, default=None)
+        return max((self._score(vector, label) for label in known), default=None)
 
     def review(self, distinct: Distinct | None = None) -> list[Revision]:
         """Looks at the past again; applies and returns what changed, merges first.
@@ -193,8 +196,9 @@ class Clusters:
         Args:
             distinct: Which labels are two, however alike their voices.
         """
-        revisions = self._merge_alike(distinct)
-        revisions.extend(self._split(distinct))
+        labels, groups, own = self._partition(distinct)
+        revisions = self._merge(labels, own)
+        revisions.extend(self._split(groups))
         self._trim()
         return revisions
 
@@ -203,6 +207,7 @@ class Clusters:
         speakers = self.state.speakers
         gone, kept = speakers.pop(source), speakers[target]
         kept.total = _sum(kept.total, gone.total)
+        kept.precision += gone.precision
         kept.evidence += gone.evidence
         for number in gone.turns:
             if number in self.state.past:
@@ -237,31 +242,50 @@ class Clusters:
         before: int | None,
     ) -> Decision:
         allowed = [label for label in sorted(self.state.speakers) if label not in rivals]
+        enough = vector is not None and evidence >= self._sure
         if not allowed:
-            new = self._is_new(vector, evidence)
-            return Decision(self._fresh(before, rivals), None, None, sure=new)
+            return Decision(self._fresh(before, rivals), None, None, sure=enough)
         if vector is None:
             ranked = sorted(allowed, key=lambda it: (-prior.get(it, 0.0), it != before, it))
             return Decision(ranked[0], None, None, sure=False)
-        scores = {label: self._score(vector, label) for label in allowed}
-        biased = {label: score + prior.get(label, 0.0) for label, score in scores.items()}
-        ranked = sorted(allowed, key=lambda it: (-biased[it], it))
-        best = ranked[0]
-        known = biased[best] >= self.settings.same_threshold
-        if not known and self._is_new(vector, evidence):
+        ratios = self._ratios(vector, evidence, rivals)
+        unheard = self.settings.threshold  # a speaker without a voice may be a new one as well
+        biased = {label: ratios.get(label, unheard) + prior.get(label, 0.0) for label in allowed}
+        best = min(allowed, key=lambda it: (-biased[it], it))
+        if biased[best] < self.settings.threshold and enough:
             return Decision(self._fresh(before, rivals), None, None, sure=True)
-        margin = scores[best] - max((scores[label] for label in ranked[1:]), default=0.0)
-        return Decision(best, scores[best], margin, sure=known and evidence >= self._sure)
+        scores = {label: self._score(vector, label) for label in allowed}
+        score = scores.pop(best)
+        margin = score - max(scores.values(), default=0.0)
+        return Decision(best, score, margin, sure=enough)
 
-    def _is_new(self, vector: Vector | None, evidence: float) -> bool:
-        return vector is not None and evidence >= self._new
+    def _ratios(self, vector: Vector, evidence: float, rivals: set[int]) -> dict[int, float]:
+        """Speakers with a voice → log-likelihood ratio of this turn being theirs, or another's."""
+        labels = [
+            label
+            for label, speaker in sorted(self.state.speakers.items())
+            if label not in rivals and speaker.precision > NOTHING
+        ]
+        if not labels:
+            return {}
+        totals = np.stack([self.state.speakers[label].total for label in labels])
+        precisions = np.array([self.state.speakers[label].precision for label in labels])
+        own = self._model.precision(evidence)
+        worth, joined = self._model.worth, totals + own * vector
+        ratios = (
+            worth(precisions + own, np.square(joined).sum(1))
+            - worth(precisions, np.square(totals).sum(1))
+            - worth(own, own**2 * float(vector @ vector))
+        )
+        return dict(zip(labels, ratios.tolist(), strict=True))
 
     def _fresh(self, before: int | None, rivals: set[int]) -> int:
         """The number a new speaker gets: the turn's old one if only it made that speaker."""
         taken = self.state.speakers.keys() | set(self.state.retired) | rivals
         if before is not None and before not in rivals:
-            left = self.state.speakers.get(before)  # tentative turns leave with whom they joined
-            if left is None or not left.evidence:
+            # turns without a voice leave with whom they joined
+            left = self.state.speakers.get(before)
+            if left is None or left.precision <= NOTHING:
                 return before
         label = 1
         while label in taken:
@@ -279,13 +303,9 @@ class Clusters:
         speaker = self.state.speakers.get(past.label)
         if speaker is None:
             speaker = self.state.speakers[past.label] = Speaker(np.zeros_like(past.vector))
-        if past.weight and not speaker.evidence:
-            speaker.total = np.zeros_like(past.vector)
-        speaker.total = _sum(speaker.total, past.vector * past.weight)
-        speaker.evidence += past.weight
-        if not speaker.evidence and past.vector.size:
-            # Only tentative turns so far: the last of them stands for the speaker.
-            speaker.total = past.vector.copy()
+        speaker.total = _sum(speaker.total, past.vector * past.precision)
+        speaker.precision += past.precision
+        speaker.evidence += past.evidence
         speaker.turns.append(past.number)
 
     def _forget(self, number: int) -> int | None:
@@ -301,18 +321,12 @@ class Clusters:
         if not speaker.turns:
             del self.state.speakers[past.label]
             return past.label
-        if past.weight:
-            speaker.evidence -= past.weight
-            if speaker.evidence > 0.5:
-                speaker.total = speaker.total - past.vector * past.weight
-            else:
-                speaker.evidence = 0.0
-                vectors = [
-                    self.state.past[turn].vector
-                    for turn in speaker.turns
-                    if turn in self.state.past and self.state.past[turn].vector.size
-                ]
-                speaker.total = vectors[-1].copy() if vectors else np.zeros_like(speaker.total)
+        speaker.total = _sum(speaker.total, -past.vector * past.precision)
+        speaker.precision -= past.precision
+        speaker.evidence -= past.evidence
+        if speaker.precision <= NOTHING:
+            speaker.total = np.zeros_like(speaker.total)
+            speaker.precision = speaker.evidence = 0.0
         return past.label
 
     def _beside(self, one: int, other: int) -> int:
@@ -325,97 +339,106 @@ class Clusters:
             if self.label(number) == other
         )
 
-    def _merge_alike(self, distinct: Distinct | None) -> list[Revision]:
-        revisions: list[Revision] = []
-        while True:
-            labels, centroids = self._centroids(self._merge)
-            alike = np.tril(centroids @ centroids.T, -1)
-            rows, columns = np.nonzero(alike >= max(self.settings.merge_threshold, 1e-9))
-            pairs = sorted(
-                (-float(alike[row, column]), labels[column], labels[row])
-                for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
-            )
-            for _, target, source in pairs:
-                if self.apart(source, target) or (distinct and distinct(source, target)):
-                    continue
-                revisions.append(self.merge(source, target))
-                break
-            else:
-                return revisions
+    def _partition(
+        self, distinct: Distinct | None
+    ) -> tuple[list[int], dict[int, int], dict[int, int]]:
+        """Puts what is remembered together anew.
 
-    def _centroids(self, evidence: float) -> tuple[list[int], NDArray[np.float64]]:
-        """Labels with at least this much evidence, and their unit vectors [labels, E]."""
-        labels = [
-            label
-            for label, speaker in sorted(self.state.speakers.items())
-            if speaker.evidence >= evidence and speaker.total.size
-        ]
-        totals = [self.state.speakers[label].total for label in labels]
-        matrix = np.stack(totals) if totals else np.zeros((0, 0))
-        return labels, matrix / np.maximum(np.linalg.norm(matrix, axis=-1, keepdims=True), 1e-9)
+        What is left of a speaker without the turns that are remembered is one piece. Nothing comes
+        of it where that is hardly better than what is.
 
-    def _split(self, distinct: Distinct | None) -> list[Revision]:
-        """Moves past turns that are clearly nearer to a speaker other than theirs."""
-        settings, speakers = self.settings, self.state.speakers
+        Returns:
+            Labels that have a voice; turn → label that its group has; label → label of the group
+            it is in itself: where its turns of old are, or else most of it is.
+        """
+        state = self.state
+        turns = [past for _, past in sorted(state.past.items()) if past.precision]
+        totals = {label: item.total.copy() for label, item in state.speakers.items()}
+        left = {label: item.precision for label, item in state.speakers.items()}
+        for past in turns:
+            totals[past.label] -= past.precision * past.vector
+            left[past.label] -= past.precision
+        old = [label for label in sorted(left) if left[label] > NOTHING]
+        owners = old + [past.label for past in turns]
+        if not owners:
+            return [], {}, {}
+        vectors = [totals[label] for label in old]
+        vectors.extend(past.precision * past.vector for past in turns)
+        precisions = np.array([left[label] for label in old] + [past.precision for past in turns])
+        pieces = np.stack(vectors)
+        apart = self._apart(len(old), turns, owners, distinct)
+        threshold = self.settings.threshold
+        now = np.array(owners)
+        anew = agglomerate(self._model, pieces, precisions, apart, threshold)
+        better, before = (
+            value(self._model, pieces, precisions, groups, threshold) for groups in (anew, now)
+        )
+        if better - before < self.settings.revise_margin:
+            return [], {}, {}
+        found: list[int] = anew.tolist()
+        parts: dict[int, Counter[int]] = {}
+        for group, owner, precision in zip(found, owners, precisions.tolist(), strict=True):
+            parts.setdefault(owner, Counter())[group] += precision
+        homes = {owner: part.most_common(1)[0][0] for owner, part in parts.items()}
+        homes.update(zip(old, found, strict=False))
+        names: dict[int, int] = {}
+        for owner in sorted(homes):
+            names.setdefault(homes[owner], owner)
+        taken = state.speakers.keys() | set(state.retired)
+        for group in found:
+            if group not in names:
+                label = next(it for it in range(1, len(taken) + 2) if it not in taken)
+                names[group] = label
+                taken = taken | {label}
+        of_turns = zip(turns, found[len(old) :], strict=True)
+        return (
+            sorted(homes),
+            {past.number: names[group] for past, group in of_turns},
+            {owner: names[group] for owner, group in homes.items()},
+        )
+
+    def _apart(
+        self, old: int, turns: list[Past], owners: list[int], distinct: Distinct | None
+    ) -> NDArray[np.bool_]:
+        """Which pieces are never one speaker's: `old` ones, then the turns.  → [K, K]"""
+        apart = np.zeros((len(owners), len(owners)), np.bool_)
+        rows = {past.number: old + row for row, past in enumerate(turns)}
+        for past in turns:
+            for other, frames in past.beside.items():
+                if frames >= self._cannot_link and other in rows:
+                    apart[rows[past.number], rows[other]] = True
+        labels = np.array(owners)
+        if distinct is not None:
+            known = sorted(set(owners))
+            for one in known:
+                for other in known:
+                    if one < other and distinct(one, other):
+                        apart |= (labels[:, None] == one) & (labels == other)
+        return apart | apart.T
+
+    def _merge(self, labels: list[int], own: dict[int, int]) -> list[Revision]:
+        """Makes labels one that are one group's."""
+        return [self.merge(label, own[label]) for label in labels if own[label] != label]
+
+    def _split(self, groups: dict[int, int]) -> list[Revision]:
+        """Gives past turns the labels of their groups."""
         moved: dict[tuple[int, int], list[int]] = {}
-        for number in self._strays():
+        for number, label in groups.items():
             past = self.state.past[number]
-            rivals = self.rivals(number, past.beside) | {past.label}
-            if distinct and len(speakers[past.label].turns) == 1:
-                # Its only turn would take the speaker along: as good as merged.
-                rivals |= {label for label in speakers if distinct(past.label, label)}
-            scores = [
-                (self._score(past.vector, label), -label)
-                for label, speaker in speakers.items()
-                if label not in rivals and speaker.evidence >= self._sure
-            ]
-            if not scores:
+            source = past.label
+            if source == label:
                 continue
-            score, label = max(scores)[0], -max(scores)[1]
-            sure = past.weight > 0
-            least = settings.same_threshold if sure else settings.tentative_threshold
-            own = self._own_score(past)
-            if score >= least and score - own >= settings.split_margin:
-                source = past.label
-                self._forget(number)
-                past.label = label
-                if past.evidence >= self._sure and score >= settings.same_threshold:
-                    past.weight = min(past.evidence, float(self._share))
-                self._note(past)
-                speakers[label].turns.sort()
-                if source not in speakers:
-                    self.state.retired.append(source)
-                moved.setdefault((source, label), []).append(number)
+            self._forget(number)
+            past.label = label
+            self._note(past)
+            self.state.speakers[label].turns.sort()
+            moved.setdefault((source, label), []).append(number)
+            if source not in self.state.speakers:
+                self.state.retired.append(source)
         return [
             Revision(numbers, source, target, "split")
             for (source, target), numbers in moved.items()
         ]
-
-    def _strays(self) -> list[int]:
-        """Past turns that some other speaker is at least as near to: all that could move."""
-        labels, centroids = self._centroids(self._sure)
-        past = [item for _, item in sorted(self.state.past.items()) if item.vector.size]
-        if not past or not labels or len(self.state.speakers) < 2:
-            return []
-        scores = np.stack([item.vector for item in past]) @ centroids.T
-        own = np.array([item.label for item in past])[:, None] == np.array(labels)
-        nearest = np.where(own, -2.0, scores).max(axis=1).tolist()
-        return [
-            item.number
-            for item, score in zip(past, nearest, strict=True)
-            if score > -2.0 and score - self._own_score(item) >= self.settings.split_margin
-        ]
-
-    def _own_score(self, past: Past) -> float:
-        """A past turn's score with the rest of its speaker."""
-        speaker = self.state.speakers[past.label]
-        total, weight = speaker.total, past.weight
-        if weight and speaker.evidence - weight <= 0.5:
-            return self.settings.same_threshold  # all there is of this speaker: it stands alone
-        if not weight and not speaker.evidence:
-            return -1.0  # a speaker of tentative turns only goes to the first who is like them
-        rest = total - past.vector * weight
-        return float(past.vector @ rest) / max(float(np.linalg.norm(rest)), 1e-9)
 
     def _trim(self) -> None:
         """Forgets what is too old to matter, so that a session may last for months."""

@@ -78,56 +78,59 @@ class TurnsSettings(Settings):
 
 
 class SpeakersSettings(Settings):
-    """Turn embeddings → the session's speakers. Scores are cosines of centred embeddings."""
+    """Turn embeddings → the session's speakers.
+
+    Variances are of centred embeddings of length 1, all dimensions summed (`resemblance.py`).
+    """
 
     mean: tuple[float, ...] | None = Field(
         default=None, description="Subtracted from every embedding: the training data's mean."
     )
-    same_threshold: float = Field(
-        default=0.4, ge=-1, le=1, description="From here on a turn belongs to a known speaker."
+    between: float = Field(
+        default=0.5, gt=0, description="Variance of voices from speaker to speaker."
+    )
+    within: float = Field(
+        default=0.1, gt=0, description="Variance from turn to turn of one, were turns endless."
+    )
+    within_s: float = Field(
+        default=0.9, ge=0, description="What that of a turn of one second has more."
+    )
+    dimensions: float = Field(
+        default=20, gt=0, description="Dimensions in which voices differ independently."
+    )
+    threshold: float = Field(
+        default=-2.0,
+        description="Log-likelihood ratio from which two turns are one speaker's.",
     )
     sure_ms: int = Field(
-        default=800, ge=0, description="Clean speech below which a turn's label is tentative."
-    )
-    new_ms: int = Field(
-        default=1_200,
+        default=800,
         ge=0,
-        description="Clean speech below which a turn makes no new speaker.",
+        description="Clean speech below which a turn founds no speaker and its label is a guess.",
     )
-    share_ms: int = Field(
-        default=10_000,
-        ge=100,
-        description="The most one turn weighs in its speaker's centroid.",
+    revise_margin: float = Field(
+        default=1.0,
+        ge=0,
+        description="The past is told anew where that is better by this logarithm.",
     )
     channel_bonus: float = Field(
-        default=0.15, ge=0, description="Added for the speaker whom this local channel had last."
+        default=1.0,
+        ge=0,
+        description="Added to the ratio for the speaker whom this local channel had last.",
     )
     channel_malus: float = Field(
-        default=0.1, ge=0, description="Taken off for speakers whom other channels had last."
+        default=1.0, ge=0, description="Taken off for speakers whom other channels had last."
     )
     channel_memory_ms: int = Field(
         default=5_000, ge=0, description="For how long a silent channel counts in both."
     )
     rival_ms: int = Field(
-        default=200, ge=20, description="Overlap from which two turns cannot be one speaker."
-    )
-    merge_threshold: float = Field(
-        default=0.6, ge=-1, le=1, description="Centroids this alike turn out to be one speaker."
-    )
-    merge_ms: int = Field(
-        default=2_000, ge=0, description="Clean speech both need before they are merged."
+        default=200, ge=20, description="Overlap from which two turns are not given one speaker."
     )
     cannot_link_ms: int = Field(
-        default=600, ge=20, description="Overlap from which two speakers are never merged."
-    )
-    split_margin: float = Field(
-        default=0.15, ge=0, description="A past turn moves to a speaker nearer by this much."
-    )
-    tentative_threshold: float = Field(
-        default=0.2, ge=-1, le=1, description="A tentative turn moves from this score on."
+        default=400, ge=20, description="Overlap from which no second thought makes two one."
     )
     history_turns: int = Field(
-        default=256, ge=16, description="Past turns whose embeddings are kept for revision."
+        default=64, ge=16, description="Past turns whose embeddings are kept for revision."
     )
 
 

@@ -50,6 +50,9 @@ RECENT = 64
 LEAST = 5.0
 """Frames of clean speech below which an embedding says nothing."""
 
+CERTAIN = 1e6
+"""A log-likelihood ratio above all that voices give."""
+
 
 @dataclass
 class Moments:
@@ -452,7 +455,7 @@ class Turns:
         if self.voices is not None and vector is not None:
             carrier = self.voices.carrier(vector, moments.mass / FRAME_RATE)
             if carrier is not None:
-                prior[carrier] = 2.0  # more than any cosine
+                prior[carrier] = CERTAIN
         decision = self.clusters.decide(run.number, vector, moments.mass, run.beside, prior)
         before, run.label = run.label, decision.label
         run.score, run.margin, run.sure = decision.score, decision.margin, decision.sure
@@ -633,7 +636,9 @@ class Turns:
         if not unlike:
             if self._margin is None:
                 return []
-            other = self.clusters.nearest(run.number, after, run.beside, besides=run.label)
+            other = self.clusters.nearest(
+                run.number, after, recent.mass, run.beside, besides=run.label
+            )
             if other is None or other - own < self._margin:
                 return []
         cut = now - self._block * BLOCKS * HOP

@@ -22,7 +22,7 @@ from tests.stream.test_engine import settings
 
 ANYBODY = {
     "turns": {"onset": 0.5, "offset": 0.5, "min_on_ms": 60, "min_off_ms": 60, "update_ms": 200},
-    "speakers": {"sure_ms": 100, "new_ms": 100},
+    "speakers": {"sure_ms": 100},
     "voices": {"threshold": -1, "margin": 0, "keep": 0, "evidence_ms": 0, "cohort": 0},
 }
 

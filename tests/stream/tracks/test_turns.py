@@ -155,15 +155,14 @@ def test_two_labels_that_are_one_are_merged():
     people = np.zeros((3, 24))
     people[0, 0] = people[1, 1] = 1
     people[2, :2] = 0.5**0.5
-    people[0, 1] = people[1, 0] = 0.3
-    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.8}})
-    talks = [Talk(0, 10, 130), Talk(1, 150, 280), Talk(2, 300, 700), Talk(1, 800, 900)]
-    events = run(scene(talks, 1000, people=people, noise=0.02), config)
+    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0}})
+    talks = [Talk(0, 10, 190), Talk(1, 210, 390, 1), Talk(2, 410, 810, 1), Talk(2, 910, 1010)]
+    events = run(scene(talks, 1100, people=people, noise=0.02), config)
     assert [label for label, _, _ in turns(events)] == ["S1", "S2", "S2", "S1"]
     merges = [e for e in events if e.type == "speaker.revised"]
     assert [(e.reason, e.from_label, e.to_label) for e in merges] == [("merged", "S2", "S1")]
     started = {e.turn_id: e.start for e in events if e.type == "turn.started"}
-    assert [round(started[turn] * 50) for turn in merges[0].revision_of] == [150, 300]
+    assert [round(started[turn] * 50) for turn in merges[0].revision_of] == [210, 410]
     assert {label for label, _, _ in revised(events)} == {"S1"}
 
 
@@ -193,7 +192,7 @@ def test_a_turn_is_cut_where_another_known_speaker_goes_on():
     """Voices too alike for the change alone to be seen, but both are known."""
     people = voices(8)
     people[1] = 0.6 * people[0] + 0.8 * people[1]
-    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.9}})
+    config = SETTINGS.over({"speakers": {"within": 0.03, "within_s": 0.3}})
     talks = [Talk(0, 10, 150, 0), Talk(1, 200, 350, 1), Talk(0, 400, 600), Talk(1, 600, 800)]
     frames = scene(talks, 900, people=people)
     found = turns(run(frames, config))

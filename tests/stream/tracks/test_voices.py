@@ -85,7 +85,7 @@ def unlike_themselves():
     people = PEOPLE.copy()
     people[1] = 0.8 * PEOPLE[0] + 0.6 * PEOPLE[1]
     people[2] = 0.8 * PEOPLE[0] - 0.6 * PEOPLE[1]
-    return people, SETTINGS.over({"speakers": {"same_threshold": 0.5}})
+    return people, SETTINGS.over({"speakers": {"within": 0.03, "within_s": 0.3}})
 
 
 def test_a_turn_unlike_its_speaker_is_known_by_the_enrolled_voice():
@@ -102,7 +102,7 @@ def test_two_labels_of_one_person_become_one():
     """The second voice has a turn too short for identity, then one that is long enough."""
     people, config = unlike_themselves()
     talks = [Talk(1, 10, 200, 0), Talk(2, 250, 340, 1), Talk(2, 400, 480, 1)]
-    config = config.over({"speakers": {"channel_bonus": 1.0}})
+    config = config.over({"speakers": {"channel_bonus": 9.0}})
     events = run(talks, 550, enrolled(("Ada", 0)), config, people)
     assert [e.speaker.label for e in events if e.type == "turn.ended"] == ["S1", "S2", "S1"]
     merges = [e for e in events if e.type == "speaker.revised" and e.reason == "merged"]
@@ -117,11 +117,10 @@ def test_two_whom_a_listener_named_differently_stay_two(names, merged):
     people = np.zeros((3, 24))
     people[0, 0] = people[1, 1] = 1
     people[2, :2] = 0.5**0.5  # joins the other two
-    people[0, 1] = people[1, 0] = 0.3
-    config = SETTINGS.over({"speakers": {"same_threshold": 0.75, "merge_threshold": 0.8}})
+    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0}})
     tracks = Tracks(config, embed=embed, stamp=Stamper())
-    talks = [Talk(0, 10, 130), Talk(1, 150, 280), Talk(2, 300, 700), Talk(1, 800, 900)]
-    before, after = split(scene(talks, 1000, people=people, noise=0.02), [290])
+    talks = [Talk(0, 10, 190), Talk(1, 210, 390, 1), Talk(2, 410, 810, 1), Talk(2, 910, 1010)]
+    before, after = split(scene(talks, 1100, people=people, noise=0.02), [400])
     tracks.step(before)
     for number, name in enumerate(names, start=1):
         if name is not None:
