@@ -90,7 +90,8 @@ class Entry:
         opened: RFC 3339.
         state: Open or closed.
         audio_s: Seconds heard so far, by its latest event.
-        speakers: Labels seen.
+        speakers: Labels of turns that are over, as revised so far.
+        turns: How many each of them has.
         names: Identities by label.
         next_seq: The number its next event will have.
         gone: The number of the latest final of it that is not kept; -1: all are.
@@ -103,9 +104,19 @@ class Entry:
     state: Literal["open", "closed"] = "open"
     audio_s: float = 0.0
     speakers: list[str] = field(default_factory=list[str])
+    turns: dict[str, int] = field(default_factory=dict[str, int])
     names: dict[str, str] = field(default_factory=dict[str, str])
     next_seq: int = 0
     gone: int = -1
+
+    def count(self, label: str, turns: int) -> None:
+        """A label gets turns, or loses them; of those before a restart it has none to lose."""
+        left = max(self.turns.get(label, 0) + turns, 0)
+        if left:
+            self.turns[label] = left
+        else:
+            self.turns.pop(label, None)
+        self.speakers = list(self.turns)
 
 
 class History:
@@ -383,16 +394,12 @@ class Feed:
         if isinstance(event, SessionClosed):
             entry.state = "closed"
         elif event.type == "turn.ended":
-            if event.speaker.label not in entry.speakers:
-                entry.speakers.append(event.speaker.label)
+            entry.count(event.speaker.label, 1)
         elif event.type == "speaker.identified":
             if event.identity is None:
                 entry.names.pop(event.speaker, None)
             else:
                 entry.names[event.speaker] = event.identity
-        elif (
-            event.type == "speaker.revised"
-            and event.reason == "merged"
-            and event.from_label in entry.speakers
-        ):
-            entry.speakers.remove(event.from_label)
+        elif event.type == "speaker.revised" and event.reason != "identified":
+            entry.count(event.from_label, -len(event.revision_of))
+            entry.count(event.to_label, len(event.revision_of))

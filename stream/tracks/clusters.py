@@ -8,8 +8,9 @@ turn out to be one (merged), a turn may turn out to be another's (split).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final, Literal
 
 import numpy as np
@@ -196,9 +197,11 @@ class Clusters:
         Args:
             distinct: Which labels are two, however alike their voices.
         """
-        labels, groups, own = self._partition(distinct)
-        revisions = self._merge(labels, own)
-        revisions.extend(self._split(groups))
+        labels, turns = self._partition(distinct)
+        revisions = [
+            self.merge(label, target) for label, target in sorted(labels.items()) if label != target
+        ]
+        revisions.extend(self._split(turns))
         self._trim()
         return revisions
 
@@ -287,10 +290,7 @@ class Clusters:
             left = self.state.speakers.get(before)
             if left is None or left.precision <= NOTHING:
                 return before
-        label = 1
-        while label in taken:
-            label += 1
-        return label
+        return _lowest_beside(taken)
 
     def _score(self, vector: Vector, label: int) -> float:
         total = self.state.speakers[label].total
@@ -339,17 +339,15 @@ class Clusters:
             if self.label(number) == other
         )
 
-    def _partition(
-        self, distinct: Distinct | None
-    ) -> tuple[list[int], dict[int, int], dict[int, int]]:
+    def _partition(self, distinct: Distinct | None) -> tuple[dict[int, int], dict[int, int]]:
         """Puts what is remembered together anew.
 
         What is left of a speaker without the turns that are remembered is one piece. Nothing comes
         of it where that is hardly better than what is.
 
         Returns:
-            Labels that have a voice; turn → label that its group has; label → label of the group
-            it is in itself: where its turns of old are, or else most of it is.
+            Label → label of the group it is at home in, where its turns of old are, or else most of
+            it is; turn → label of its group.
         """
         state = self.state
         turns = [past for _, past in sorted(state.past.items()) if past.precision]
@@ -361,7 +359,7 @@ class Clusters:
         old = [label for label in sorted(left) if left[label] > NOTHING]
         owners = old + [past.label for past in turns]
         if not owners:
-            return [], {}, {}
+            return {}, {}
         vectors = [totals[label] for label in old]
         vectors.extend(past.precision * past.vector for past in turns)
         precisions = np.array([left[label] for label in old] + [past.precision for past in turns])
@@ -374,28 +372,33 @@ class Clusters:
             value(self._model, pieces, precisions, groups, threshold) for groups in (anew, now)
         )
         if better - before < self.settings.revise_margin:
-            return [], {}, {}
+            return {}, {}
         found: list[int] = anew.tolist()
         parts: dict[int, Counter[int]] = {}
         for group, owner, precision in zip(found, owners, precisions.tolist(), strict=True):
             parts.setdefault(owner, Counter())[group] += precision
         homes = {owner: part.most_common(1)[0][0] for owner, part in parts.items()}
         homes.update(zip(old, found, strict=False))
-        names: dict[int, int] = {}
-        for owner in sorted(homes):
-            names.setdefault(homes[owner], owner)
-        taken = state.speakers.keys() | set(state.retired)
-        for group in found:
-            if group not in names:
-                label = next(it for it in range(1, len(taken) + 2) if it not in taken)
-                names[group] = label
-                taken = taken | {label}
-        of_turns = zip(turns, found[len(old) :], strict=True)
+        names = self._names(found, homes)
         return (
-            sorted(homes),
-            {past.number: names[group] for past, group in of_turns},
             {owner: names[group] for owner, group in homes.items()},
+            {
+                past.number: names[group]
+                for past, group in zip(turns, found[len(old) :], strict=True)
+            },
         )
+
+    def _names(self, groups: list[int], homes: Mapping[int, int]) -> dict[int, int]:
+        """Group → its label: the oldest that is at home there, or a new one."""
+        names: dict[int, int] = {}
+        for label in sorted(homes):
+            names.setdefault(homes[label], label)
+        taken = self.state.speakers.keys() | set(self.state.retired)
+        for group in groups:
+            if group not in names:
+                names[group] = _lowest_beside(taken)
+                taken = taken | {names[group]}
+        return names
 
     def _apart(
         self, old: int, turns: list[Past], owners: list[int], distinct: Distinct | None
@@ -416,14 +419,10 @@ class Clusters:
                         apart |= (labels[:, None] == one) & (labels == other)
         return apart | apart.T
 
-    def _merge(self, labels: list[int], own: dict[int, int]) -> list[Revision]:
-        """Makes labels one that are one group's."""
-        return [self.merge(label, own[label]) for label in labels if own[label] != label]
-
-    def _split(self, groups: dict[int, int]) -> list[Revision]:
-        """Gives past turns the labels of their groups."""
+    def _split(self, turns: dict[int, int]) -> list[Revision]:
+        """Gives past turns these labels."""
         moved: dict[tuple[int, int], list[int]] = {}
-        for number, label in groups.items():
+        for number, label in turns.items():
             past = self.state.past[number]
             source = past.label
             if source == label:
@@ -454,6 +453,11 @@ class Clusters:
             for label in idle[: len(speakers) - HELD]:
                 del speakers[label]
                 self.state.retired.append(label)
+
+
+def _lowest_beside(taken: Set[int]) -> int:
+    """The lowest label that is not among these."""
+    return next(label for label in count(1) if label not in taken)
 
 
 def _sum(one: Vector, other: Vector) -> Vector:

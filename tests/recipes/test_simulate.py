@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from recipes import simulate
 from recipes.corpus import HOP, speech_activity
 from recipes.simulate import Acoustics, Conversation, Simulator, colored, room
 from tests.recipes.conftest import DRY, STYLE
@@ -89,6 +90,21 @@ def test_a_scene_is_a_function_of_its_generator(corpus):
 def test_a_whole_utterance_keeps_its_text_and_a_cut_one_does_not(dry):
     assert dry.single(np.random.default_rng(0), 300, {"tones": 1.0}).text == "A BUZZ"
     assert dry.single(np.random.default_rng(0), 50, {"tones": 1.0}).text == ""
+
+
+@pytest.mark.parametrize("enough", [0.3, 0.4])
+def test_a_few_short_sentences_are_not_all_that_is_heard(dry, monkeypatch, enough):
+    """A third of the utterances fill the scene, the others are longer."""
+    monkeypatch.setattr(simulate, "WHOLE_HOPS", 90)
+    monkeypatch.setattr(simulate, "ENOUGH", enough)
+    scenes = [dry.single(np.random.default_rng(seed), 90, {"tones": 1.0}) for seed in range(60)]
+    heard = {scene.utterances[0] for scene in scenes}
+    if enough > 1 / 3:
+        assert heard == set(dry.by_corpus["tones"].tolist())
+        assert not any(scene.text for scene in scenes)
+    else:
+        assert heard == set(dry._filling("tones", 90).tolist())
+        assert all(scene.text for scene in scenes)
 
 
 def test_nobody_is_noise_without_speech(corpus):

@@ -24,6 +24,7 @@ from sinks.events import SpeechEnded, TranscriptPartial, parse
 from stream.batcher import Batches
 from stream.clock import SAMPLE_RATE
 from stream.config import ConfigError
+from stream.evaluate import turns as spans
 from stream.feed import Feed
 from stream.server import ServerSettings
 from stream.session import Session
@@ -496,7 +497,9 @@ class TestFeed:
         assert re.match(r"(S\d+|\?): \w", got["txt"].text)
         assert (got["doc"].status_code, missing.status_code) == (404, 404)
         assert listed["state"] == "closed"
-        assert set(listed["speakers"]) == {e["speaker"]["label"] for e in turns}
+        revised = {span.speaker for span in spans(parse(json.dumps(e)) for e in said)}
+        assert set(listed["speakers"]) == set(listed["turns"]) == revised
+        assert sum(listed["turns"].values()) == len(turns)
 
     async def test_an_export_says_what_is_no_longer_kept(self, monkeypatch):
         threads = set()
