@@ -93,7 +93,7 @@ class SpeakersSettings(Settings):
         default=0.1, gt=0, description="Variance from turn to turn of one, were turns endless."
     )
     within_s: float = Field(
-        default=0.9, ge=0, description="What that of a turn of one second has more."
+        default=0.75, ge=0, description="What that of a turn of one second has more."
     )
     dimensions: float = Field(
         default=20, gt=0, description="Dimensions in which voices differ independently."
