@@ -230,6 +230,7 @@ class Patient(WebSocketsSansIOProtocol):
     Their answer to a ping comes behind their audio: while audio comes, they are there. When the
     server goes, their endpoint tells them the rest and hangs up; uvicorn would do so before it has.
     Who asks and never reads the answers is cut off, and so is who does not read the last of them.
+    Text that is not UTF-8 ends a connection, and is no exception of ours to log.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -244,6 +245,17 @@ class Patient(WebSocketsSansIOProtocol):
         super().data_received(data)
         if self.transport.get_write_buffer_size() > UNREAD:
             self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        """Hand a message on, if it is what it says it is."""
+        if self.curr_msg_data_type == "text" and not self.close_sent:
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.conn.send_close(1007, "expected UTF-8 in a text message")
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         """The endpoint is done: what it has written must go within `close_timeout`."""

@@ -472,6 +472,16 @@ class TestFeed:
         assert answer.status_code == 400
         assert expected in answer.json()["error"]
 
+    async def test_text_that_is_none_ends_the_connection_in_one_line(self, checkpoint, caplog):
+        async with serving(checkpoint) as house, house.connect("/v1/events") as socket:
+            await socket.send([b"fine so far ", b"\xff\xfe"], text=True)
+            async with asyncio.timeout(30):
+                await socket.wait_closed()
+            assert socket.close_code == 1007
+            assert socket.close_reason == "expected UTF-8 in a text message"
+        assert "Traceback" not in caplog.text
+        assert "Invalid UTF-8" not in caplog.text
+
     async def test_a_session_is_exported_in_every_form(self, checkpoint, speech):
         async with serving(checkpoint, **QUIET) as house, house.http() as http:
             said = await talk(house, speech)
