@@ -4,8 +4,8 @@ A two-covariance model: a speaker's voice is drawn around the mean of all voices
 the speaker's, the further away the less clean speech it has. What a partition of turns into
 speakers is worth is then a sum over its speakers in closed form, and short turns weigh as little as
 they should, in every decision alike. Source: Brümmer & de Villiers, "The speaker partitioning
-problem" (Odyssey 2010), section 3, with spheres for covariances; turns take the place of
-recordings, and deviations depend on their length.
+problem" (Odyssey 2010), with spheres for covariances; turns take the place of recordings, and
+deviations depend on their length.
 """
 
 from dataclasses import dataclass
