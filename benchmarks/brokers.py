@@ -50,6 +50,8 @@ LIVE_WITHIN_S = 30.0
 LIVE_S = 10.0
 """How long live events are timed."""
 DOWN_S = 0.3
+COME_BACK_S = 2.0
+"""How long a subscriber's connection may take."""
 
 
 class Bus:
@@ -95,11 +97,18 @@ class Bus:
             identifier="reader",
             clean_start=False,
             properties=_kept(),
-            timeout=2,
+            timeout=COME_BACK_S,
         ) as client:
             await client.subscribe("livesat/v1/box/+/event/#", qos=1)
             async for message in client.messages:
                 self.take(message.payload, time.time())
+
+    async def heard_out(self) -> None:
+        """Wait until the subscriber has had nothing new for as long as a connection may take."""
+        had = -1
+        while len(self.got) > had:
+            had = len(self.got)
+            await asyncio.sleep(COME_BACK_S + 1 if self.kind == "mqtt" else 1)
 
     async def stored(self) -> None:
         """Take what JetStream stored: that is what its subscribers can get."""
@@ -117,7 +126,7 @@ async def _bus(kind: str) -> AsyncIterator[tuple[Bus, Path]]:
         listening = asyncio.create_task(bus.listen())
         try:
             yield bus, Path(scratch)
-            await asyncio.sleep(1.0)
+            await bus.heard_out()
             await bus.stored()
         finally:
             listening.cancel()

@@ -6,7 +6,17 @@ from stream.tracks.clusters import Clusters
 from stream.tracks.settings import SpeakersSettings
 
 PEOPLE = np.eye(8)
-SETTINGS = SpeakersSettings(sure_ms=800, rival_ms=200, cannot_link_ms=600)
+SETTINGS = SpeakersSettings(
+    between=0.5,
+    within=0.1,
+    within_s=0.9,
+    dimensions=20,
+    threshold=-2,
+    sure_ms=800,
+    revise_margin=1,
+    rival_ms=200,
+    cannot_link_ms=600,
+)
 """Two turns of 4 s are one speaker's from a cosine of 0.33 on, of 2 s from 0.09."""
 
 

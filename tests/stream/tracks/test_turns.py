@@ -155,7 +155,7 @@ def test_two_labels_that_are_one_are_merged():
     people = np.zeros((3, 24))
     people[0, 0] = people[1, 1] = 1
     people[2, :2] = 0.5**0.5
-    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0}})
+    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0, "within_s": 0.9}})
     talks = [Talk(0, 10, 190), Talk(1, 210, 390, 1), Talk(2, 410, 810, 1), Talk(2, 910, 1010)]
     events = run(scene(talks, 1100, people=people, noise=0.02), config)
     assert [label for label, _, _ in turns(events)] == ["S1", "S2", "S2", "S1"]

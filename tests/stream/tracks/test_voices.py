@@ -117,7 +117,7 @@ def test_two_whom_a_listener_named_differently_stay_two(names, merged):
     people = np.zeros((3, 24))
     people[0, 0] = people[1, 1] = 1
     people[2, :2] = 0.5**0.5  # joins the other two
-    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0}})
+    config = SETTINGS.over({"speakers": {"channel_bonus": 9.0, "within_s": 0.9}})
     tracks = Tracks(config, embed=embed, stamp=Stamper())
     talks = [Talk(0, 10, 190), Talk(1, 210, 390, 1), Talk(2, 410, 810, 1), Talk(2, 910, 1010)]
     before, after = split(scene(talks, 1100, people=people, noise=0.02), [400])
