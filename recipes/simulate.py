@@ -174,21 +174,17 @@ class Simulator:
             corpus: np.array([self.bounds[i][1] - self.bounds[i][0] for i in indices])
             for corpus, indices in self.by_corpus.items()
         }
+        self.median = {corpus: float(np.median(hops)) for corpus, hops in self.spoken.items()}
 
     def single(self, rng: np.random.Generator, hops: int, sources: dict[str, float]) -> Scene:
         """One utterance with silence around it, or in a short scene a piece of one."""
-        whole = hops >= WHOLE_HOPS
-        if whole:  # of the corpora that have utterances to fill such a scene, or longer ones
-            fit = [name for name in sources if self._fills(name, hops) or self._cut(name, hops)]
-            sources = {name: sources[name] for name in fit} or sources
-        corpus = _choose(rng, sources)
-        indices = self.by_corpus[corpus]
-        if whole and self._fills(corpus, hops):
-            indices = self._filling(corpus, hops)
-        elif whole and not self._cut(corpus, hops):
-            indices = indices[self.spoken[corpus] <= hops - 4]
-        else:
-            whole = False
+        suited: dict[str, tuple[NDArray[np.int64], bool]] = {}
+        if hops >= WHOLE_HOPS:
+            suited = {name: found for name in sources if (found := self._suited(name, hops))}
+        corpus = _choose(rng, {name: sources[name] for name in suited} or sources)
+        indices, whole = suited.get(corpus, (self.by_corpus[corpus], False))
+        if hops >= WHOLE_HOPS and not suited:  # all are short: a whole one, and silence
+            indices, whole = indices[self.spoken[corpus] <= hops - 4], True
         index = int(rng.choice(indices))
         item = self.corpus.utterances[index]
         first, last = self.bounds[index]
@@ -210,13 +206,16 @@ class Simulator:
         spoken = self.spoken[corpus]
         return self.by_corpus[corpus][(spoken <= hops - 4) & (spoken > 0.55 * hops)]
 
-    def _fills(self, corpus: str, hops: int) -> bool:
-        """Whether so many do that none of them is heard all the time."""
-        return len(self._filling(corpus, hops)) >= ENOUGH * len(self.by_corpus[corpus])
+    def _suited(self, corpus: str, hops: int) -> tuple[NDArray[np.int64], bool] | None:
+        """What a corpus has for a scene of whole utterances, and whether they are whole.
 
-    def _cut(self, corpus: str, hops: int) -> bool:
-        """Whether its utterances are so long that pieces of them are heard instead."""
-        return float(np.median(self.spoken[corpus])) > hops
+        Those that fill it, if they are so many that none is heard all the time; or pieces of all,
+        where most are longer.
+        """
+        filling = self._filling(corpus, hops)
+        if len(filling) >= ENOUGH * len(self.by_corpus[corpus]):
+            return filling, True
+        return (self.by_corpus[corpus], False) if self.median[corpus] > hops else None
 
     def nobody(self, rng: np.random.Generator, hops: int) -> Scene:
         """Noise and room tone only."""

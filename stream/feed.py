@@ -90,8 +90,7 @@ class Entry:
         opened: RFC 3339.
         state: Open or closed.
         audio_s: Seconds heard so far, by its latest event.
-        speakers: Labels of turns that are over, as revised so far.
-        turns: How many each of them has.
+        turns: How many are over by label, as revised so far.
         names: Identities by label.
         next_seq: The number its next event will have.
         gone: The number of the latest final of it that is not kept; -1: all are.
@@ -103,11 +102,15 @@ class Entry:
     opened: str
     state: Literal["open", "closed"] = "open"
     audio_s: float = 0.0
-    speakers: list[str] = field(default_factory=list[str])
     turns: dict[str, int] = field(default_factory=dict[str, int])
     names: dict[str, str] = field(default_factory=dict[str, str])
     next_seq: int = 0
     gone: int = -1
+
+    @property
+    def speakers(self) -> list[str]:
+        """Labels of turns that are over."""
+        return list(self.turns)
 
     def count(self, label: str, turns: int) -> None:
         """A label gets turns, or loses them; of those before a restart it has none to lose."""
@@ -116,7 +119,6 @@ class Entry:
             self.turns[label] = left
         else:
             self.turns.pop(label, None)
-        self.speakers = list(self.turns)
 
 
 class History:

@@ -10,7 +10,7 @@ turn out to be one (merged), a turn may turn out to be another's (split).
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import combinations, count
 from typing import Final, Literal
 
 import numpy as np
@@ -274,23 +274,24 @@ class Clusters:
         totals = np.stack([self.state.speakers[label].total for label in labels])
         precisions = np.array([self.state.speakers[label].precision for label in labels])
         own = self._model.precision(evidence)
-        worth, joined = self._model.worth, totals + own * vector
-        ratios = (
-            worth(precisions + own, np.square(joined).sum(1))
-            - worth(precisions, np.square(totals).sum(1))
-            - worth(own, own**2 * float(vector @ vector))
-        )
+        speakers = (precisions, np.square(totals).sum(1))
+        turn = (own, own**2 * float(vector @ vector))
+        ratios = self._model.ratio(speakers, turn, own * (totals @ vector))
         return dict(zip(labels, ratios.tolist(), strict=True))
 
     def _fresh(self, before: int | None, rivals: set[int]) -> int:
         """The number a new speaker gets: the turn's old one if only it made that speaker."""
-        taken = self.state.speakers.keys() | set(self.state.retired) | rivals
         if before is not None and before not in rivals:
             # turns without a voice leave with whom they joined
             left = self.state.speakers.get(before)
             if left is None or left.precision <= NOTHING:
                 return before
-        return _lowest_beside(taken)
+        return self._unused(rivals)
+
+    def _unused(self, besides: Set[int]) -> int:
+        """The lowest label that nobody has or had, besides these."""
+        taken = self.state.speakers.keys() | set(self.state.retired) | besides
+        return next(label for label in count(1) if label not in taken)
 
     def _score(self, vector: Vector, label: int) -> float:
         total = self.state.speakers[label].total
@@ -393,11 +394,9 @@ class Clusters:
         names: dict[int, int] = {}
         for label in sorted(homes):
             names.setdefault(homes[label], label)
-        taken = self.state.speakers.keys() | set(self.state.retired)
         for group in groups:
             if group not in names:
-                names[group] = _lowest_beside(taken)
-                taken = taken | {names[group]}
+                names[group] = self._unused(set(names.values()))
         return names
 
     def _apart(
@@ -412,11 +411,9 @@ class Clusters:
                     apart[rows[past.number], rows[other]] = True
         labels = np.array(owners)
         if distinct is not None:
-            known = sorted(set(owners))
-            for one in known:
-                for other in known:
-                    if one < other and distinct(one, other):
-                        apart |= (labels[:, None] == one) & (labels == other)
+            for one, other in combinations(sorted(set(owners)), 2):
+                if distinct(one, other):
+                    apart |= (labels[:, None] == one) & (labels == other)
         return apart | apart.T
 
     def _split(self, turns: dict[int, int]) -> list[Revision]:
@@ -453,11 +450,6 @@ class Clusters:
             for label in idle[: len(speakers) - HELD]:
                 del speakers[label]
                 self.state.retired.append(label)
-
-
-def _lowest_beside(taken: Set[int]) -> int:
-    """The lowest label that is not among these."""
-    return next(label for label in count(1) if label not in taken)
 
 
 def _sum(one: Vector, other: Vector) -> Vector:

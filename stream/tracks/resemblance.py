@@ -17,6 +17,7 @@ from stream.clock import FRAME_RATE
 from stream.tracks.settings import SpeakersSettings
 
 Vector = NDArray[np.float64]
+Piece = tuple[NDArray[np.float64] | float, NDArray[np.float64] | float]
 NEVER = -np.inf
 
 
@@ -57,6 +58,19 @@ class TwoCovariance:
         spread = 1.0 + self.between * np.asarray(precision)
         return self.dimensions / 2 * (self.between * np.asarray(square) / spread - np.log(spread))
 
+    def ratio(
+        self, one: Piece, other: Piece, product: NDArray[np.float64] | float
+    ) -> NDArray[np.float64]:
+        """Log-likelihood ratio of two pieces being one speaker's, or two speakers'.
+
+        Args:
+            one: Its precision, and the squared length of its sum.
+            other: The same.
+            product: Of the two sums.
+        """
+        both = self.worth(one[0] + other[0], one[1] + other[1] + 2 * product)
+        return both - self.worth(*one) - self.worth(*other)
+
 
 def agglomerate(
     model: TwoCovariance,
@@ -83,12 +97,9 @@ def agglomerate(
     products = totals @ totals.T
     weights, apart = precisions.copy(), apart.copy()
     np.fill_diagonal(apart, val=True)
-    alone = model.worth(weights, products.diagonal())
-    joined = model.worth(
-        weights[:, None] + weights,
-        products.diagonal()[:, None] + products.diagonal() + 2 * products,
-    )
-    gains = np.where(apart, NEVER, joined - alone[:, None] - alone)
+    pieces = (weights, products.diagonal())  # both follow what is joined
+    columns = (weights[:, None], products.diagonal()[:, None])
+    gains = np.where(apart, NEVER, model.ratio(columns, pieces, products))
     while True:
         first, second = sorted(divmod(int(gains.argmax()), len(gains)))
         if gains[first, second] < threshold:
@@ -101,10 +112,9 @@ def agglomerate(
         apart[:, first] = apart[first]
         apart[second] = apart[:, second] = True
         gains[second] = gains[:, second] = NEVER
-        squares = products.diagonal()
-        alone[first] = model.worth(weights[first], squares[first])
-        both = model.worth(weights + weights[first], squares + squares[first] + 2 * products[first])
-        gains[first] = np.where(apart[first], NEVER, both - alone - alone[first])
+        joined = (float(weights[first]), float(products[first, first]))
+        ratios = model.ratio(pieces, joined, products[first])
+        gains[first] = np.where(apart[first], NEVER, ratios)
         gains[:, first] = gains[first]
 
 

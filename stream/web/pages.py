@@ -89,7 +89,10 @@ class Pages:
     async def sessions(self, request: Request) -> Response:
         """Sessions that are open, and those that were; newest first."""
         del request
-        entries = [asdict(entry) for entry in reversed(self._desk.feed.sessions)]
+        entries = [
+            asdict(entry) | {"speakers": entry.speakers}
+            for entry in reversed(self._desk.feed.sessions)
+        ]
         return JSONResponse({"sessions": entries})
 
     async def export(self, request: Request) -> Response:

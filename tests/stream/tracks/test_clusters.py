@@ -131,7 +131,7 @@ def test_a_past_turn_moves_to_a_nearer_speaker():
 
 
 def test_two_who_were_taken_for_one_part():
-    """What the third turn makes clear: the first two have less in common than both with others."""
+    """The channel said that the second turn goes on with the first speaker; the voice does not."""
     clusters = Clusters(SETTINGS)
     clusters.decide(1, PEOPLE[0], 200, {})
     clusters.decide(2, between(0, 1, 0.2), 200, {}, {1: 9.0})
