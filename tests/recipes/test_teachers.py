@@ -64,6 +64,13 @@ def test_it_speaks_on_the_student_s_frames(segmentation):
     torch.testing.assert_close(heard[:, 100], known[:, 118], atol=0.02, rtol=0.0)
 
 
+def test_it_is_as_exact_beside_a_student_of_half_the_precision(segmentation):
+    wave = 0.1 * torch.randn(1, 5 * 16_000)
+    with torch.autocast("cpu", torch.bfloat16):
+        heard = segmentation.activity(wave, 249)
+    torch.testing.assert_close(heard, segmentation.activity(wave, 249))
+
+
 def write_ctranslate2(path, variables, version=6):
     """A ``model.bin``: float16 arrays by name, and whole numbers of one byte."""
 
