@@ -99,9 +99,15 @@ class Corpus:
         content: float16 [hops, 384], the content teacher's encoder output, or None.
         characters: float16 [hops, 32], the reader's posteriors, or None.
         noises: int16 arrays.
+
+    Raises:
+        SystemExit: there is none.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "index.jsonl").exists():
+            raise SystemExit(f"{folder}: no prepared data; python -m recipes.prepare makes it")
         lines = (folder / "index.jsonl").read_text().splitlines()
         self.utterances = [Utterance(**json.loads(line)) for line in lines]
         self.audio = np.memmap(folder / "audio.i16", np.int16, "r").reshape(-1, HOP)
@@ -114,6 +120,17 @@ class Corpus:
         bounds = np.load(folder / "noise_bounds.npy")
         noise = np.memmap(folder / "noise.i16", np.int16, "r")
         self.noises: list[Samples] = [noise[a:b] for a, b in pairwise(bounds.tolist())]
+
+    def expect(self, key: str, names: Iterable[str]) -> None:
+        """Looks whether the corpora that a key of the settings names are there, for training.
+
+        Raises:
+            SystemExit: one is not.
+        """
+        present = sorted({item.corpus for item in self.utterances if item.split == "train"})
+        for name in names:
+            if name not in present:
+                raise SystemExit(f"{key}: got {name!r}, but {self.folder} has {', '.join(present)}")
 
     def samples(self, index: int) -> Samples:
         """The whole utterance, int16 [hops · 320]."""

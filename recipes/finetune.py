@@ -339,6 +339,10 @@ class Run:
         self.device = device_of(settings.device)
         torch.manual_seed(settings.seed)
         self.corpus = Corpus(settings.data)
+        for step in (0, *settings.phases):
+            then = settings.at(step)
+            self.corpus.expect("sources", then.sources)
+            self.corpus.expect("conversation.sources", then.conversation.sources)
         self.rank = who.rank
         self.generator = torch.Generator(self.device)
         self.feed = Feed(settings, who.rank, ahead=max(6, 2 * settings.workers))

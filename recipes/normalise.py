@@ -56,6 +56,7 @@ class Normalise(Settings):
 def heard(student: Student, settings: Normalise) -> tuple[Tensor, list[str]]:
     """Embeddings of the scenes, and whose they are.  → [N, 192], N names"""
     corpus = Corpus(settings.data)
+    corpus.expect("sources", settings.sources)
     simulator = Simulator(
         corpus, settings.acoustics, Conversation(), rooms=load_rooms(settings.data)
     )

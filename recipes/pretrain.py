@@ -82,6 +82,7 @@ class Pretraining:
         self.device = device_of(settings.device)
         torch.manual_seed(settings.seed)
         self.corpus = Corpus(settings.data)
+        self.corpus.expect("sources", settings.sources)
         self.labels = cluster(self.corpus, settings.data, settings.clusters, settings.seed)
         config = settings.shape.config(
             num_clusters=settings.clusters,

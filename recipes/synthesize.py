@@ -1,10 +1,10 @@
 """Stage 0: a corpus of synthetic readings: the characters see more text than six hours hold.
 
 Sentences come from the language model's text, voices from two synthesisers whose output may be
-redistributed: hibari-tts (PyPI, Apache-2.0; the voice in its wheel) and Flite's ``rms`` (Debian's
-`flite`). Each reading is resampled by a factor of its own, which moves pitch, formants and speed
-together. The result is an archive and a manifest like those of the other corpora; its speakers are
-unknown, so nothing is learnt from them about telling voices apart.
+redistributed: hibari-tts (PyPI, Apache-2.0; the voice in its wheel) and Flite (Debian's `flite`).
+Each reading has a tempo of its own and is then resampled by a factor of its own, which moves pitch,
+formants and tempo together. The result is an archive and a manifest like those of the other
+corpora; its speakers are unknown, so nothing is learnt from them about telling voices apart.
 """
 
 import gzip
@@ -32,10 +32,12 @@ class Synthesize(Settings):
 
     Attributes:
         text: gzipped lines of upper-case words.
-        target: folder of ``synthetic.tar`` and ``synthetic.jsonl``.
+        target: folder of the archive and its manifest, which have its name.
         readings: how many utterances.
         words: shortest and longest of them.
         flite: share of utterances read by Flite.
+        voices: of Flite, drawn evenly.
+        tempo: range of what a voice's own tempo is multiplied with.
         resample: range of the factor by which a reading is slowed down.
         seed: of all choices.
     """
@@ -45,11 +47,17 @@ class Synthesize(Settings):
     readings: int
     words: tuple[int, int] = (3, 14)
     flite: float = 0.25
+    voices: list[str] = ["rms"]  # noqa: RUF012  (pydantic copies defaults)
+    tempo: tuple[float, float] = (1.0, 1.0)
     resample: tuple[float, float] = (0.85, 1.2)
     seed: int = 1
 
 
-def hibari() -> Callable[[str], tuple[Floats, int]]:
+Voice = Callable[[str, float], tuple[Floats, int]]
+"""Text and tempo → samples and their rate."""
+
+
+def hibari() -> Voice:
     """The voice in the wheel of hibari-tts.
 
     Raises:
@@ -60,35 +68,47 @@ def hibari() -> Callable[[str], tuple[Floats, int]]:
     except ImportError as error:
         raise SystemExit("recipes.synthesize needs hibari-tts: pip install hibari-tts") from error
     voice = Hibari()
-    return lambda text: (np.asarray(voice(text, seed=0), np.float32), 24_000)
+    return lambda text, tempo: (np.asarray(voice(text, tempo, seed=0), np.float32), 24_000)
 
 
-def flite(text: str) -> tuple[Floats, int]:
-    """Flite's ``rms``, a program of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".wav") as out:
-        subprocess.run(["flite", "-voice", "rms", "-t", text, "-o", out.name], check=True)
-        wave, rate = sf.read(out.name, dtype="float32")
-    return wave, rate
+def flite(name: str) -> Voice:
+    """One of Flite's voices; it is a program of its own."""
+
+    def read(text: str, tempo: float) -> tuple[Floats, int]:
+        with tempfile.NamedTemporaryFile(suffix=".wav") as out:
+            slowed = f"duration_stretch={1 / tempo:.3f}"
+            subprocess.run(
+                ["flite", "-voice", name, "--setf", slowed, "-t", text, "-o", out.name], check=True
+            )
+            wave, rate = sf.read(out.name, dtype="float32")
+        return np.asarray(wave, np.float32), rate
+
+    return read
 
 
 def main() -> None:
     """Command line of the stage."""
     settings = from_arguments(Synthesize, "synthesize", "read sentences aloud")
     rng = np.random.default_rng(settings.seed)
+    manner = np.random.default_rng([settings.seed, 1])  # what is read does not depend on who reads
     with gzip.open(settings.text, "rt") as file:
         lines = [words for line in file if len(words := line.split()) > settings.words[0]]
     settings.target.mkdir(parents=True, exist_ok=True)
-    voices = (hibari(), flite)
+    archive_path = settings.target / f"{settings.target.name}.tar"
+    voice, others = hibari(), [flite(name) for name in settings.voices]
     with (
-        tarfile.open(settings.target / "synthetic.tar", "w") as archive,
-        (settings.target / "synthetic.jsonl").open("w") as manifest,
+        tarfile.open(archive_path, "w") as archive,
+        archive_path.with_suffix(".jsonl").open("w") as manifest,
     ):
         for number in range(settings.readings):
             line = lines[int(rng.integers(len(lines)))]
             length = int(rng.integers(settings.words[0], settings.words[1] + 1))
             first = int(rng.integers(max(len(line) - length, 0) + 1))
             text = " ".join(line[first : first + length])
-            wave, rate = voices[int(rng.random() < settings.flite)](text.lower())
+            read = voice
+            if rng.random() < settings.flite:
+                read = others[int(manner.integers(len(others)))]
+            wave, rate = read(text.lower(), float(manner.uniform(*settings.tempo)))
             factor = rng.uniform(*settings.resample)
             wave = soxr.resample(wave, rate, RATE * factor)
             wave *= 0.3 / max(float(np.abs(wave).max()), 1e-4)

@@ -54,6 +54,23 @@ def settings(data, tmp_path_factory):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": {"bells": 1.0}}, r"^sources: got 'bells', but .* has nameless, tones"),
+        ({"phases": {9: {"conversation.sources": {"bells": 1.0}}}}, r"^conversation\.sources: got"),
+    ],
+)
+def test_a_corpus_that_was_not_prepared_is_named(settings, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        Run(settings.model_copy(update=changes))
+
+
+def test_a_folder_that_was_not_prepared_is_named(settings, tmp_path):
+    with pytest.raises(SystemExit, match=r"nothing: no prepared data; python -m recipes\.prepare"):
+        Run(settings.model_copy(update={"data": tmp_path / "nothing"}))
+
+
 def test_losses_fall(settings):
     run = Run(settings)
     steps = [run.advance() for _ in range(30)]
