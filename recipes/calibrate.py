@@ -3,13 +3,14 @@
 The encoder runs once over every clip. Then a random search moves one to three thresholds at a time
 to other candidates and keeps what lowers the error: thresholds depend on each other, and one at a
 time gets stuck. A few recorded clips are too few to trust alone: each group of clips has a share of
-the error, and simulated conversations of the development speakers are one of them. Each clip is
-heard through several windows: thresholds found with one alone fit its accidents (ten points of DER
-on the six AMI clips were gone with another left context).
+the error, and simulated conversations of the development speakers are one of them, others than
+those that are scored. Each clip is heard through several windows: thresholds found with one alone
+fit its accidents (ten points of DER on the six AMI clips were gone with another left context).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ import numpy as np
 import torch
 
 from model.state import Window
-from recipes.conversations import Clip, read_clips, spans
+from recipes.conversations import Clip, Meetings, read_clips, simulated_clips
 from recipes.corpus import Corpus
 from recipes.diarization import diarize, judge_all, percent
 from recipes.export import load_student
 from recipes.hearing import Heard, listen
 from recipes.recognition import beam, word_scores
-from recipes.rooms import load as load_rooms
 from recipes.settings import Settings, from_arguments
-from recipes.simulate import Acoustics, Conversation, Simulator
 from recipes.student import Student
 from recipes.verification import dev_utterances
 from stream.tracks.language import LanguageModel
@@ -41,10 +40,8 @@ class Calibrate(Settings):
         conversations: folders of audio and RTTM pairs, each with its share of the error.
         target: the ``tracks.json`` to write.
         windows: chunk, left and look-ahead frames of each stream; null is the whole recording.
-        simulated: how many simulated conversations.
-        simulated_hops: their length.
+        simulated: simulated conversations of the development speakers.
         simulated_share: theirs of the error.
-        acoustics: of them.
         candidates: dotted key of `TracksSettings` → values to try for the least diarization error.
         language_model: ARPA file of the beam search; null leaves decoding as it is.
         decoding: as candidates, for the least character error with the language model,
@@ -52,7 +49,7 @@ class Calibrate(Settings):
         start: thresholds to begin with, nested like the file.
         trials: moves that the random search tries.
         rounds: passes over the keys of ``decoding``, one at a time.
-        seed: of the simulation and the search.
+        seed: of the search.
         threads: compute threads.
     """
 
@@ -61,10 +58,8 @@ class Calibrate(Settings):
     conversations: dict[Path, float]
     target: Path
     windows: list[tuple[int, int, int] | None] = [(25, 500, 12)]  # noqa: RUF012
-    simulated: int = 12
-    simulated_hops: int = 1500
+    simulated: Meetings = Meetings(seed=100, each=4)
     simulated_share: float = 0.2
-    acoustics: Acoustics = Acoustics()
     candidates: dict[str, list[Any]]
     language_model: Path | None = None
     decoding: dict[str, list[Any]] = {}  # noqa: RUF012  (pydantic copies defaults)
@@ -81,26 +76,6 @@ class Case:
 
     clip: Clip
     heard: Heard
-
-
-def simulated_clips(corpus: Corpus, settings: Calibrate) -> list[Clip]:
-    """Conversations of the development speakers, with their exact reference."""
-    shares = {item.corpus: 1.0 for item in corpus.utterances if item.split == "dev"}
-    simulator = Simulator(
-        corpus,
-        settings.acoustics,
-        Conversation(sources=shares),
-        split="dev",
-        rooms=load_rooms(settings.data),
-    )
-    clips: list[Clip] = []
-    for number in range(settings.simulated):
-        scene = simulator.talk(
-            np.random.default_rng([settings.seed, number]), settings.simulated_hops
-        )
-        reference = tuple(spans(corpus, scene))
-        clips.append(Clip(f"simulated_{number:02}", scene.wave, reference))
-    return clips
 
 
 def error(student: Student, cases: list[Case], tracks: TracksSettings) -> float:
@@ -197,7 +172,8 @@ def main() -> None:
     ]
     corpus = Corpus(settings.data)
     given = [(str(f), share, read_clips(f)) for f, share in settings.conversations.items()]
-    given.append(("simulated", settings.simulated_share, simulated_clips(corpus, settings)))
+    simulated = simulated_clips(corpus, settings.simulated).values()
+    given.append(("simulated", settings.simulated_share, [*chain.from_iterable(simulated)]))
     groups: list[tuple[str, float, list[Case]]] = []
     for name, share, clips in given:
         cases = [

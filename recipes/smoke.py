@@ -273,8 +273,7 @@ def run_stages(folder: Path, data: Path, sources: dict[str, float]) -> None:
         shared
         | {
             "target": str(tracks),
-            "simulated": 1,
-            "simulated_hops": 500,
+            "simulated": {"speakers": [2], "each": 1, "seconds": 12},
             "conversations": {str(talks): 0.5},
             "simulated_share": 0.5,
             "trials": 6,

@@ -4,7 +4,8 @@ A speaker is the sum of his turns' unit vectors, each weighted by what its clean
 (`resemblance.py`). A turn is decided against the sums without its own share, so a decision can be
 made again and again while the turn grows. After every turn the past is looked at again as if
 nothing had been decided: the turns that are remembered are put together anew, and two speakers may
-turn out to be one (merged), a turn may turn out to be another's (split).
+turn out to be one (merged), a turn may turn out to be another's (split). A turn with too little
+clean speech to be sure of is guessed again, by what it says while others talk as well.
 """
 
 from collections import Counter
@@ -49,6 +50,19 @@ class Speaker:
     turns: list[int] = field(default_factory=list[int])
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a turn says while others talk as well.
+
+    Attributes:
+        vector: [E] unit vector.
+        evidence: Its frames.
+    """
+
+    vector: Vector
+    evidence: float
+
+
 @dataclass(slots=True)
 class Past:
     """A turn that has a label, and what it needs to get another one.
@@ -60,6 +74,7 @@ class Past:
         precision: What it weighs in its speaker's sum.
         evidence: Frames of clean speech it has.
         beside: Turn number → frames for which both were active.
+        mixed: Its speech that is not clean, if it has any.
     """
 
     number: int
@@ -68,6 +83,7 @@ class Past:
     precision: float
     evidence: float
     beside: dict[int, int]
+    mixed: Mixed | None = None
 
 
 @dataclass
@@ -132,7 +148,7 @@ class Clusters:
                     f"got {vector.size}"
                 )
             vector = vector - self._mean
-        return vector / max(float(np.linalg.norm(vector)), 1e-9)
+        return _unit(vector)
 
     def rivals(self, number: int, beside: dict[int, int]) -> set[int]:
         """Labels that a turn cannot have: those of the turns it overlapped for long enough.
@@ -153,6 +169,8 @@ class Clusters:
         evidence: float,
         beside: dict[int, int],
         prior: Mapping[int, float] | None = None,
+        *,
+        mixed: Mixed | None = None,
     ) -> Decision:
         """Finds whose turn this is and notes it; may be called again as the turn grows.
 
@@ -163,18 +181,21 @@ class Clusters:
             beside: Turn number → frames for which that turn was active at the same time.
             prior: Label → what is added to its log-likelihood ratio for reasons other than the
                 voice.
+            mixed: Its speech that is not clean: it founds no speaker and is in none's sum, but a
+                turn that has little else is guessed by it.
         """
         before = self._forget(number)
-        rivals = self.rivals(number, beside)
-        decision = self._choose(vector, evidence, rivals, prior or {}, before)
         past = Past(
             number=number,
-            label=decision.label,
+            label=0,
             vector=np.zeros(0) if vector is None else vector,
             precision=0.0 if vector is None else self._model.precision(evidence),
             evidence=evidence,
             beside=dict(beside),
+            mixed=mixed,
         )
+        decision = self._choose(past, prior or {}, before)
+        past.label = decision.label
         self._note(past)
         return decision
 
@@ -183,9 +204,10 @@ class Clusters:
     ) -> float | None:
         """Score of the nearest known speaker but one, whom this turn may have; None if nobody."""
         rivals = self.rivals(number, beside) | {besides}
+        precision = self._model.precision(evidence)
         known = [
             label
-            for label, ratio in self._ratios(vector, evidence, rivals).items()
+            for label, ratio in self._ratios(precision * vector, precision, rivals).items()
             if ratio >= self.settings.threshold
             and self.state.speakers[label].evidence >= self._sure
         ]
@@ -202,6 +224,7 @@ class Clusters:
             self.merge(label, target) for label, target in sorted(labels.items()) if label != target
         ]
         revisions.extend(self._split(turns))
+        revisions.extend(self._split(self._guesses()))
         self._trim()
         return revisions
 
@@ -232,38 +255,54 @@ class Clusters:
     def centroid(self, label: int) -> tuple[Vector, float]:
         """[E] unit vector of a speaker and the seconds of clean speech behind it."""
         speaker = self.state.speakers[label]
-        total = speaker.total
-        norm = max(float(np.linalg.norm(total)), 1e-9) if total.size else 1.0
-        return total / norm, speaker.evidence / FRAME_RATE
+        return _unit(speaker.total), speaker.evidence / FRAME_RATE
 
-    def _choose(
-        self,
-        vector: Vector | None,
-        evidence: float,
-        rivals: set[int],
-        prior: Mapping[int, float],
-        before: int | None,
-    ) -> Decision:
+    def _choose(self, past: Past, prior: Mapping[int, float], before: int | None) -> Decision:
+        rivals = self.rivals(past.number, past.beside)
         allowed = [label for label in sorted(self.state.speakers) if label not in rivals]
-        enough = vector is not None and evidence >= self._sure
+        enough = past.vector.size > 0 and past.evidence >= self._sure
         if not allowed:
             return Decision(self._fresh(before, rivals), None, None, sure=enough)
-        if vector is None:
+        total, precision = self._heard(past, rivals)
+        if not precision:
             ranked = sorted(allowed, key=lambda it: (-prior.get(it, 0.0), it != before, it))
             return Decision(ranked[0], None, None, sure=False)
-        ratios = self._ratios(vector, evidence, rivals)
+        ratios = self._ratios(total, precision, rivals)
         unheard = self.settings.threshold  # a speaker without a voice may be a new one as well
         biased = {label: ratios.get(label, unheard) + prior.get(label, 0.0) for label in allowed}
         best = min(allowed, key=lambda it: (-biased[it], it))
         if biased[best] < self.settings.threshold and enough:
             return Decision(self._fresh(before, rivals), None, None, sure=True)
-        scores = {label: self._score(vector, label) for label in allowed}
+        scores = {label: self._score(_unit(total), label) for label in allowed}
         score = scores.pop(best)
         margin = score - max(scores.values(), default=0.0)
         return Decision(best, score, margin, sure=enough)
 
-    def _ratios(self, vector: Vector, evidence: float, rivals: set[int]) -> dict[int, float]:
-        """Speakers with a voice → log-likelihood ratio of this turn being theirs, or another's."""
+    def _heard(self, past: Past, rivals: set[int]) -> tuple[Vector, float]:
+        """All that tells whose turn this is: its vector times its precision, and the precision.
+
+        Of speech that is not clean, what the voices of those who talk with it explain is taken
+        off; so it is worth nothing for a comparison with them.
+        """
+        total, precision = past.precision * past.vector, past.precision
+        if past.mixed is None or past.evidence >= self._sure:
+            return total, precision
+        rest = past.mixed.vector
+        for rival in sorted(rivals & self.state.speakers.keys()):
+            voice, _ = self.centroid(rival)
+            if voice.size:
+                rest = rest - float(rest @ voice) * voice
+        more = self._model.precision(past.mixed.evidence)
+        return _sum(total, more * _unit(rest)), precision + more
+
+    def _ratios(self, total: Vector, precision: float, rivals: set[int]) -> dict[int, float]:
+        """Speakers with a voice → log-likelihood ratio of this voice being theirs, or another's.
+
+        Args:
+            total: [E] its vector times its precision.
+            precision: What it weighs.
+            rivals: Who are not asked.
+        """
         labels = [
             label
             for label, speaker in sorted(self.state.speakers.items())
@@ -273,10 +312,8 @@ class Clusters:
             return {}
         totals = np.stack([self.state.speakers[label].total for label in labels])
         precisions = np.array([self.state.speakers[label].precision for label in labels])
-        own = self._model.precision(evidence)
         speakers = (precisions, np.square(totals).sum(1))
-        turn = (own, own**2 * float(vector @ vector))
-        ratios = self._model.ratio(speakers, turn, own * (totals @ vector))
+        ratios = self._model.ratio(speakers, (precision, float(total @ total)), totals @ total)
         return dict(zip(labels, ratios.tolist(), strict=True))
 
     def _fresh(self, before: int | None, rivals: set[int]) -> int:
@@ -295,9 +332,7 @@ class Clusters:
 
     def _score(self, vector: Vector, label: int) -> float:
         total = self.state.speakers[label].total
-        if not total.size:
-            return 0.0
-        return float(vector @ total) / max(float(np.linalg.norm(total)), 1e-9)
+        return float(vector @ _unit(total)) if total.size else 0.0
 
     def _note(self, past: Past) -> None:
         self.state.past[past.number] = past
@@ -389,6 +424,27 @@ class Clusters:
             },
         )
 
+    def _guesses(self) -> dict[int, int]:
+        """Turns that are not sure → whose they are, by what is known of the speakers now."""
+        guesses: dict[int, int] = {}
+        for number, past in self.state.past.items():
+            if past.evidence >= self._sure:
+                continue
+            rivals = self.rivals(number, past.beside)
+            total, precision = self._heard(past, rivals)
+            if not precision:
+                continue
+            ratios = {
+                label: ratio
+                for label, ratio in self._ratios(total, precision, rivals).items()
+                if self.state.speakers[label].evidence >= self._sure
+            }
+            best = max(ratios, key=ratios.__getitem__, default=past.label)
+            now = ratios.get(past.label, self.settings.threshold)
+            if past.label in rivals or ratios.get(best, now) - now >= self.settings.revise_margin:
+                guesses[number] = best
+        return guesses
+
     def _names(self, groups: list[int], homes: Mapping[int, int]) -> dict[int, int]:
         """Group → its label: the oldest that is at home there, or a new one."""
         names: dict[int, int] = {}
@@ -457,3 +513,8 @@ def _sum(one: Vector, other: Vector) -> Vector:
     if not one.size:
         return other.copy()
     return one + other if other.size else one
+
+
+def _unit(vector: Vector) -> Vector:
+    """The same of length 1; zeros stay zeros."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-9)

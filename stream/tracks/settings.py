@@ -31,7 +31,10 @@ class TurnsSettings(Settings):
     )
     offset: float = Field(default=0.4, gt=0, lt=1, description="It ends when below this.")
     overlap_onset: float = Field(
-        default=0.5, gt=0, lt=1, description="Probability at which a further channel joins in."
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="A further channel joins in when they add up to this beyond those that talk.",
     )
     overlap_offset: float = Field(default=0.4, gt=0, lt=1, description="It ends when below this.")
     hold: float = Field(
@@ -40,8 +43,17 @@ class TurnsSettings(Settings):
         le=1,
         description="Lead in probability by which a channel takes over from one that talks.",
     )
-    min_on_ms: int = Field(default=200, ge=20, description="A shorter turn never was.")
-    min_off_ms: int = Field(default=300, ge=20, description="A shorter pause does not end a turn.")
+    min_on_ms: int = Field(
+        default=200,
+        ge=20,
+        description="A shorter turn never was; a frame counts by its probability.",
+    )
+    min_off_ms: int = Field(
+        default=300,
+        ge=20,
+        description="A shorter pause does not end a turn; a frame counts by what it lacks of the "
+        "offset.",
+    )
     give_way_ms: int = Field(
         default=300,
         ge=20,

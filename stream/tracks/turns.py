@@ -1,7 +1,8 @@
 """Frame activity of local speakers → turns of the session's speakers.
 
-The frame head tells a few local channels apart, for as long as its context reaches. A channel's
-activity becomes runs (hysteresis, pauses filled, short ones dropped); a run that lasts is a turn.
+The frame head tells a few local channels apart, for as long as its context reaches. Its
+probabilities add up to how many talk. A channel's activity becomes runs (hysteresis, pauses filled,
+short ones dropped, where a frame counts as much as it is sure); a run that lasts is a turn.
 While it lasts, the voice frames in which its channel talks alone add up to weighted moments; the
 x-vector of these decides whose turn it is, again every `update_ms` and finally at its end.
 
@@ -27,7 +28,7 @@ from sinks.events import (
     TurnUpdated,
 )
 from stream.clock import FRAME_RATE, HOP
-from stream.tracks.clusters import Clusters, ClustersState, Revision, Vector
+from stream.tracks.clusters import Clusters, ClustersState, Mixed, Revision, Vector
 from stream.tracks.frames import Floats, Frames
 from stream.tracks.settings import TracksSettings, hops
 from stream.tracks.voices import Voices
@@ -46,6 +47,9 @@ HISTORY = 128
 
 RECENT = 64
 """Ended turns kept for words that arrive late."""
+
+PATIENCE = 4
+"""A pause of nothing but doubt ends a turn after this many times as long as a certain one."""
 
 LEAST = 5.0
 """Frames of clean speech below which an embedding says nothing."""
@@ -90,6 +94,8 @@ class Run:
         number: The turn's number; `T<number>` on the wire.
         start: Sample at which it begins.
         last: Sample at which its last active frame ends.
+        speech: Samples of certain speech in it.
+        pause: Samples of certain silence since then.
         told: Whether turn.started was emitted.
         looked: Sample of the last look at its voice.
         label: Speaker, 0 before the first look.
@@ -100,12 +106,15 @@ class Run:
         beside: Number of another run → frames in which both were active.
         past: Moments of all but the recent voice.
         recent: Moments of the latest blocks, the last still filling.
+        mixed: Moments of its voice while others talk as well.
         filled: Voice frames in the last block.
     """
 
     number: int
     start: int
     last: int
+    speech: float = 0.0
+    pause: float = 0.0
     told: bool = False
     looked: int = 0
     label: int = 0
@@ -116,6 +125,7 @@ class Run:
     beside: dict[int, int] = field(default_factory=dict[int, int])
     past: Moments = field(default_factory=Moments)
     recent: list[Moments] = field(default_factory=list[Moments])
+    mixed: Moments = field(default_factory=Moments)
     filled: int = 0
 
     @property
@@ -168,6 +178,7 @@ class TurnsState:
         origin: Sample of the first frame since the last break.
         channels: Local speakers.
         weights: Clean-speech weight of each channel, for the latest frames.
+        mixed: Weight of its other speech, likewise.
         number: The last turn's number.
         speech: Sample at which speech began, -1 in silence.
         spoken: Sample at which it ended last.
@@ -180,6 +191,7 @@ class TurnsState:
     origin: int = 0
     channels: list[Channel] = field(default_factory=list[Channel])
     weights: list[list[float]] = field(default_factory=list[list[float]])
+    mixed: list[list[float]] = field(default_factory=list[list[float]])
     number: int = 0
     speech: int = -1
     spoken: int = 0
@@ -317,21 +329,25 @@ class Turns:
         now, then = state.cursor, state.cursor + HOP
         state.cursor = then
         active = list[Run]()
-        first = self._first(probabilities)
+        order = self._order(probabilities)
         for index, channel in enumerate(state.channels):
-            if index == first:
-                probability, thresholds = sum(probabilities), self._speech
-            else:
-                probability, thresholds = probabilities[index], self._overlap
-            channel.on = probability >= thresholds[channel.on]
+            before = order.index(index)
+            share = max(0.0, sum(probabilities) - before)
+            onset, offset = self._overlap if before else self._speech
+            channel.on = share >= (offset if channel.on else onset)
             if channel.on:
                 if channel.run is None:
                     state.number += 1
                     heir = channel.label if now - channel.end <= self._memory else 0
                     channel.run = Run(state.number, start=now, last=then, heir=heir)
-                channel.run.last = then
+                channel.run.last, channel.run.pause = then, 0.0
+                channel.run.speech += HOP * min(share, 1.0)
                 active.append(channel.run)
-        self._weigh(probabilities, first)
+            elif channel.run is not None:
+                # Doubt is of who talks beside whom as well: there a pause is a pause.
+                doubt = 0.0 if before else min(share / offset, 1.0)
+                channel.run.pause += HOP * (1.0 - doubt)
+        self._weigh(probabilities, order[0])
         if len(active) > 1:
             for run in active:
                 for other in active:
@@ -343,25 +359,27 @@ class Turns:
                 events.extend(self._advance(index, channel, channel.run))
         return events
 
-    def _first(self, probabilities: list[float]) -> int:
-        """The channel that talks if anybody does; who talks already keeps that for a while.
+    def _order(self, probabilities: list[float]) -> list[int]:
+        """The channels, from the one that talks if anybody does; who talks keeps that for a while.
 
-        Its thresholds are on the sum: where the head knows that somebody talks but not on which
-        channel, each has half.
+        The sum of the probabilities is how many talk, so the first talks if it is near one, the
+        second if it is near two: where the head knows that but not on which channels, each of
+        them has its part.
         """
         held = [
             probability + self._hold * channel.on
             for probability, channel in zip(probabilities, self.state.channels, strict=True)
         ]
-        return held.index(max(held))
+        return sorted(range(len(held)), key=lambda index: -held[index])
 
     def _advance(self, index: int, channel: Channel, run: Run) -> list[Event]:
         """What the passing of a frame means for a run."""
         now = self.state.cursor
         others = any(other.on for other in self.state.channels if other is not channel)
-        over = now - run.last >= (self._give_way if others else self._min_off)
+        longest = self._give_way if others else self._min_off
+        over = run.pause >= longest or now - run.last >= PATIENCE * longest
         if not run.told:
-            if run.last - run.start >= self._min_on:
+            if run.speech >= self._min_on:
                 return self._begin(index, run)
             if over:
                 channel.run = None
@@ -441,6 +459,7 @@ class Turns:
                 events.extend(self._end(index, run, run.last))
             channel.label = 0  # local channels mean nothing across the break
         self.state.weights.clear()
+        self.state.mixed.clear()
         return events + self._fall_silent()
 
     def _look(self, index: int, run: Run) -> list[Event]:
@@ -456,7 +475,15 @@ class Turns:
             carrier = self.voices.carrier(vector, moments.mass / FRAME_RATE)
             if carrier is not None:
                 prior[carrier] = CERTAIN
-        decision = self.clusters.decide(run.number, vector, moments.mass, run.beside, prior)
+        overlapped = self._vector(run.mixed)
+        decision = self.clusters.decide(
+            run.number,
+            vector,
+            moments.mass,
+            run.beside,
+            prior,
+            mixed=None if overlapped is None else Mixed(overlapped, run.mixed.mass),
+        )
         before, run.label = run.label, decision.label
         run.score, run.margin, run.sure = decision.score, decision.margin, decision.sure
         if self.voices is None:
@@ -571,7 +598,7 @@ class Turns:
         return [f"T{number}" for number in turns if number not in running]
 
     def _weigh(self, probabilities: list[float], first: int) -> None:
-        """Keeps each channel's clean-speech weight: it talks, and nobody else.
+        """Keeps each channel's clean-speech weight (it talks, and nobody else), and what is left.
 
         The sum of probabilities says how many talk: up to one it is clean, from two on nothing is.
         """
@@ -585,7 +612,10 @@ class Turns:
             weights.append(weight)
         weights[first] = max(0.0, min(total, 2.0 - total))
         self.state.weights.append(weights)
-        del self.state.weights[:-HISTORY]
+        self.state.mixed.append(
+            [max(0.0, own - clean) for own, clean in zip(probabilities, weights, strict=True)]
+        )
+        del self.state.weights[:-HISTORY], self.state.mixed[:-HISTORY]
 
     def _listen(self, frames: Frames, row: int) -> list[Event]:
         """Adds a voice row to the runs that its frame belongs to."""
@@ -611,6 +641,7 @@ class Turns:
                 if len(run.recent) > BLOCKS:
                     run.past.join(run.recent.pop(0))
             run.recent[-1].add(state.weights[index][number], voice)
+            run.mixed.add(state.mixed[index][number], voice)
             run.filled += 1
             if run.told and run.filled == self._block and len(run.recent) == BLOCKS:
                 events.extend(self._compare(number, channel, run, sample + HOP))

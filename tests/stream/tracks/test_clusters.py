@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from stream.tracks import clusters as module
-from stream.tracks.clusters import Clusters
+from stream.tracks.clusters import Clusters, Mixed
 from stream.tracks.settings import SpeakersSettings
 
 PEOPLE = np.eye(8)
@@ -70,6 +70,47 @@ def test_a_short_turn_founds_no_speaker():
     assert (guess.label, guess.sure) == (1, False)
     sure = clusters.decide(2, -PEOPLE[0], 40, {})
     assert (sure.label, sure.sure) == (2, True)
+
+
+def three():
+    """S1, S2 and S3, each with a turn of four seconds."""
+    clusters = Clusters(SETTINGS)
+    for number in (1, 2, 3):
+        clusters.decide(number, PEOPLE[number], 200, {})
+    return clusters
+
+
+def test_a_turn_beside_another_is_guessed_by_what_the_other_does_not_explain():
+    clusters = three()
+    voice = (PEOPLE[1] + 0.3 * PEOPLE[3]) / 1.09**0.5  # most of it is S1's, who talks as well
+    guess = clusters.decide(4, None, 0, {1: 30}, mixed=Mixed(voice, 30))
+    assert (guess.label, guess.sure) == (3, False)
+    assert guess.score == pytest.approx(1.0)
+    assert clusters.decide(5, None, 0, {1: 30}).label == 2  # without it: any but S1
+
+
+def test_speech_that_is_not_clean_is_in_nobodys_sum_and_founds_nobody():
+    clusters = three()
+    before = clusters.centroid(3)
+    assert clusters.decide(4, None, 0, {}, mixed=Mixed(-PEOPLE[3], 500)).label in {1, 2, 3}
+    clusters.decide(5, None, 0, {1: 30}, mixed=Mixed(between(3, 5, 0.6), 30))
+    np.testing.assert_array_equal(clusters.centroid(3)[0], before[0])
+    assert clusters.centroid(3)[1] == before[1]
+    # nor is a turn that is sure by its clean speech guessed by the rest of it
+    assert clusters.decide(6, PEOPLE[2], 100, {}, mixed=Mixed(PEOPLE[3], 500)).label == 2
+
+
+def test_a_turn_is_guessed_again_when_its_speaker_is_known():
+    clusters = Clusters(SETTINGS)
+    clusters.decide(1, PEOPLE[1], 200, {})
+    clusters.decide(2, PEOPLE[2], 200, {})
+    assert clusters.decide(3, None, 0, {1: 30}, mixed=Mixed(between(3, 1, 0.8), 30)).label == 2
+    assert clusters.review() == []
+    clusters.decide(4, PEOPLE[3], 200, {})
+    (revision,) = clusters.review()
+    assert (revision.turns, revision.source, revision.target) == ([3], 2, 3)
+    assert revision.reason == "split"
+    assert clusters.review() == []
 
 
 def test_the_prior_tips_the_scale():

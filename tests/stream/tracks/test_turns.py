@@ -37,19 +37,32 @@ def quiet(activity):
 
 
 def offline(probabilities, config):
-    """Hysteresis, then pauses filled, then short runs dropped: on the whole signal at once."""
-    on, runs = False, []
+    """Hysteresis, then pauses filled, then short runs dropped: on the whole signal at once.
+
+    A frame counts for speech by its probability, and for a pause by what that lacks of the offset.
+    """
+    on, runs, pause = False, [], 0.0
     for index, p in enumerate(probabilities):
         on = p >= (config.offset if on else config.onset)
-        if on and runs and index - runs[-1][1] < config.min_off_ms // 20:
-            runs[-1][1] = index + 1
-        elif on:
-            runs.append([index, index + 1])
-    return [(a, b) for a, b in runs if b - a >= config.min_on_ms // 20]
+        if not on:
+            pause += 20 * max(0, 1 - p / config.offset)
+            continue
+        longest = config.min_off_ms
+        if not runs or pause >= longest or 20 * (index - runs[-1][1]) >= 4 * longest:
+            runs.append([index, index, 0.0])
+        runs[-1][1] = index + 1
+        runs[-1][2] += 20 * p
+        pause = 0.0
+    return [(a, b) for a, b, speech in runs if speech >= config.min_on_ms]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.1, 0.45, 0.5, 0.9]), st.integers(1, 30)), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.125, 0.375, 0.4375, 0.5, 0.75, 1.0]), st.integers(1, 30)),
+        max_size=12,
+    )
+)
 def test_turns_are_exact_to_the_frame(pieces):
     probabilities = [p for p, n in pieces for _ in range(n)]
     probabilities = [float(np.float32(p)) for p in probabilities]
@@ -70,6 +83,15 @@ def test_doubt_about_the_channel_is_no_doubt_about_speech():
     assert turns(run(quiet(activity), embed=None)) == [("S2", 20, 120)]
 
 
+def test_doubt_about_the_channel_is_no_doubt_about_how_many_talk():
+    """Thirds add up: one talks, then two do, wherever they are."""
+    activity = np.full((200, 3), 0.01, np.float32)
+    activity[20:60] = [0.05, 0.9, 0.05]
+    activity[60:80] = [0.3, 0.5, 0.3]
+    activity[80:120] = [0.5, 0.6, 0.55]
+    assert turns(run(quiet(activity), embed=None)) == [("S2", 20, 120), ("S3", 80, 120)]
+
+
 def test_a_channel_takes_over_with_a_lead():
     activity = np.full((200, 2), 0.01, np.float32)
     activity[20:60] = [0.9, 0.1]
@@ -79,7 +101,7 @@ def test_a_channel_takes_over_with_a_lead():
 
 
 def test_overlap_has_its_own_thresholds():
-    config = SETTINGS.over({"turns": {"overlap_onset": 0.7, "overlap_offset": 0.6}})
+    config = SETTINGS.over({"turns": {"overlap_onset": 0.6, "overlap_offset": 0.5}})
     activity = np.full((200, 2), 0.01, np.float32)
     activity[20:150, 0] = 0.9
     activity[60:100, 1] = [0.65] * 10 + [0.75] * 10 + [0.65] * 10 + [0.55] * 10
@@ -103,6 +125,20 @@ def test_speech_starts_and_ends_around_turns_that_overlap():
     assert [e.overlap for e in events if e.type == "turn.started"] == [False, True]
     ended = events[-1]
     assert (round(ended.start * 50), round(ended.end * 50)) == (10, 120)
+
+
+def test_a_remark_within_a_turn_is_told_by_what_the_turn_does_not_explain():
+    """It has no frame of its own, and its channel was another's last."""
+    config = SETTINGS.over({"speakers": {"channel_bonus": 0.5, "channel_malus": 0.0}})
+    told = [Talk(0, 10, 110, 0), Talk(1, 120, 220, 1), Talk(2, 230, 330, 2)]
+    events = run(scene([*told, Talk(0, 340, 500, 0), Talk(2, 370, 400, 1)], 560), config)
+    assert turns(events) == [
+        ("S1", 10, 110),
+        ("S2", 120, 220),
+        ("S3", 230, 330),
+        ("S1", 340, 500),
+        ("S3", 370, 400),
+    ]
 
 
 def test_a_blip_beside_a_turn_is_no_overlap():
