@@ -68,7 +68,7 @@ class Finetune(Settings):
         data: folder of stage 1.
         campplus: the teacher's state dict: its last layer starts ours; none, and it is random.
         segmentation: the activity teacher's state dict; none, and activity is the exact one alone.
-        soft: its share of the activity to be learnt, in scenes of ten seconds at most.
+        soft: its share of the activity to be learnt.
         run: folder of the checkpoint and the log.
         start: exported folder or checkpoint whose weights the run starts from, but for the x-vector
             head's last layer, which starts from the teacher; none, and it starts anew. Layers that
@@ -444,12 +444,22 @@ class Run:
         return losses
 
     def activity(self, batch: Batch) -> Tensor:
-        """Who talks, as it is to be learnt.  → [B, T, 3]"""
+        """Who talks, as it is to be learnt.  → [B, T, 3]
+
+        The teacher hears ten seconds at a time, so what is longer is cut into equal pieces.
+        """
         exact = batch.activity.float()
-        if self.segmentation is None or batch.wave.shape[1] > Segmentation.samples:
+        if self.segmentation is None:
             return exact
-        taught = self.segmentation.activity(batch.wave, exact.shape[1])
-        return softened(exact, taught, self.settings.soft)
+        frames = exact.shape[1]
+        pieces = math.ceil(frames * HOP / Segmentation.samples)
+        learnt = list[Tensor]()
+        for piece in exact.split(math.ceil(frames / pieces), 1):
+            first = sum(part.shape[1] for part in learnt)
+            wave = batch.wave[:, first * HOP :][:, : Segmentation.samples]
+            taught = self.segmentation.activity(wave, piece.shape[1])
+            learnt.append(softened(piece, taught, self.settings.soft))
+        return torch.cat(learnt, 1)
 
     def content_losses(self, batch: Batch, out: Outputs) -> dict[str, Tensor]:
         """Losses to the content teacher and to its reader, where one speaker talks or none.

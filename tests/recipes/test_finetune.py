@@ -71,6 +71,35 @@ def test_a_folder_that_was_not_prepared_is_named(settings, tmp_path):
         Run(settings.model_copy(update={"data": tmp_path / "nothing"}))
 
 
+class Repeating:
+    """An activity teacher who says what each hop's first sample holds, the speakers turned round.
+
+    The samples hold who talks in binary digits. Each time the order is another.
+    """
+
+    def __init__(self):
+        self.heard = []
+
+    def activity(self, wave, frames):
+        self.heard.append(wave.shape[1])
+        said = wave[:, ::320][:, :frames].long()
+        talking = torch.stack([said & 1, said & 2, said & 4], -1) > 0
+        return talking.float().roll(len(self.heard), -1)
+
+
+def test_the_activity_teacher_hears_long_scenes_in_pieces(settings):
+    run = Run(settings.model_copy(update={"soft": 1.0}))
+    run.segmentation = teacher = Repeating()
+    exact = torch.rand(2, 1198, 3) < 0.4
+    wave = torch.zeros(2, 1200 * 320)
+    wave[:, : 1198 * 320 : 320] = (exact * torch.tensor([1, 2, 4])).sum(-1).float()
+    batch, _ = run.feed(0)[0]
+    batch.wave, batch.activity = wave, exact
+    torch.testing.assert_close(run.activity(batch), exact.float())
+    assert len(teacher.heard) == 3
+    assert max(teacher.heard) <= 160_000
+
+
 def test_losses_fall(settings):
     run = Run(settings)
     steps = [run.advance() for _ in range(30)]
