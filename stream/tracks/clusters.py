@@ -150,6 +150,10 @@ class Clusters:
             vector = vector - self._mean
         return _unit(vector)
 
+    def enough(self, evidence: float) -> bool:
+        """Whether these frames of clean speech are enough to be sure of a voice."""
+        return evidence >= self._sure
+
     def rivals(self, number: int, beside: dict[int, int]) -> set[int]:
         """Labels that a turn cannot have: those of the turns it overlapped for long enough.
 
@@ -207,9 +211,8 @@ class Clusters:
         precision = self._model.precision(evidence)
         known = [
             label
-            for label, ratio in self._ratios(precision * vector, precision, rivals).items()
+            for label, ratio in self._known(precision * vector, precision, rivals).items()
             if ratio >= self.settings.threshold
-            and self.state.speakers[label].evidence >= self._sure
         ]
         return max((self._score(vector, label) for label in known), default=None)
 
@@ -260,7 +263,7 @@ class Clusters:
     def _choose(self, past: Past, prior: Mapping[int, float], before: int | None) -> Decision:
         rivals = self.rivals(past.number, past.beside)
         allowed = [label for label in sorted(self.state.speakers) if label not in rivals]
-        enough = past.vector.size > 0 and past.evidence >= self._sure
+        enough = past.vector.size > 0 and self.enough(past.evidence)
         if not allowed:
             return Decision(self._fresh(before, rivals), None, None, sure=enough)
         total, precision = self._heard(past, rivals)
@@ -285,7 +288,7 @@ class Clusters:
         off; so it is worth nothing for a comparison with them.
         """
         total, precision = past.precision * past.vector, past.precision
-        if past.mixed is None or past.evidence >= self._sure:
+        if past.mixed is None or self.enough(past.evidence):
             return total, precision
         rest = past.mixed.vector
         for rival in sorted(rivals & self.state.speakers.keys()):
@@ -315,6 +318,12 @@ class Clusters:
         speakers = (precisions, np.square(totals).sum(1))
         ratios = self._model.ratio(speakers, (precision, float(total @ total)), totals @ total)
         return dict(zip(labels, ratios.tolist(), strict=True))
+
+    def _known(self, total: Vector, precision: float, rivals: set[int]) -> dict[int, float]:
+        """The same for speakers with clean speech enough to be sure of."""
+        ratios = self._ratios(total, precision, rivals)
+        speakers = self.state.speakers
+        return {label: it for label, it in ratios.items() if self.enough(speakers[label].evidence)}
 
     def _fresh(self, before: int | None, rivals: set[int]) -> int:
         """The number a new speaker gets: the turn's old one if only it made that speaker."""
@@ -428,17 +437,13 @@ class Clusters:
         """Turns that are not sure → whose they are, by what is known of the speakers now."""
         guesses: dict[int, int] = {}
         for number, past in self.state.past.items():
-            if past.evidence >= self._sure:
+            if self.enough(past.evidence):
                 continue
             rivals = self.rivals(number, past.beside)
             total, precision = self._heard(past, rivals)
             if not precision:
                 continue
-            ratios = {
-                label: ratio
-                for label, ratio in self._ratios(total, precision, rivals).items()
-                if self.state.speakers[label].evidence >= self._sure
-            }
+            ratios = self._known(total, precision, rivals)
             best = max(ratios, key=ratios.__getitem__, default=past.label)
             now = ratios.get(past.label, self.settings.threshold)
             if past.label in rivals or ratios.get(best, now) - now >= self.settings.revise_margin:

@@ -67,7 +67,9 @@ class Moments:
     second: Vector = field(default_factory=lambda: np.zeros(0))
 
     def add(self, weight: float, vector: Vector) -> None:
-        """One more frame."""
+        """One more frame; without weight it changes nothing."""
+        if not weight:
+            return
         if not self.first.size:
             self.first, self.second = np.zeros_like(vector), np.zeros_like(vector)
         weighted = weight * vector
@@ -84,6 +86,19 @@ class Moments:
         self.mass += other.mass
         self.first += other.first
         self.second += other.second
+
+
+@dataclass
+class Weights:
+    """What a frame's voice says of each channel.
+
+    Attributes:
+        clean: How much of it is this channel's speech, and nobody else's.
+        mixed: How much of the channel's other speech it holds.
+    """
+
+    clean: list[float]
+    mixed: list[float]
 
 
 @dataclass
@@ -177,8 +192,7 @@ class TurnsState:
         cursor: Sample at which the next frame must begin; -1 before the first.
         origin: Sample of the first frame since the last break.
         channels: Local speakers.
-        weights: Clean-speech weight of each channel, for the latest frames.
-        mixed: Weight of its other speech, likewise.
+        weights: Of the latest frames.
         number: The last turn's number.
         speech: Sample at which speech began, -1 in silence.
         spoken: Sample at which it ended last.
@@ -190,8 +204,7 @@ class TurnsState:
     cursor: int = -1
     origin: int = 0
     channels: list[Channel] = field(default_factory=list[Channel])
-    weights: list[list[float]] = field(default_factory=list[list[float]])
-    mixed: list[list[float]] = field(default_factory=list[list[float]])
+    weights: list[Weights] = field(default_factory=list[Weights])
     number: int = 0
     speech: int = -1
     spoken: int = 0
@@ -329,10 +342,10 @@ class Turns:
         now, then = state.cursor, state.cursor + HOP
         state.cursor = then
         active = list[Run]()
-        order = self._order(probabilities)
+        order, total = self._order(probabilities), sum(probabilities)
         for index, channel in enumerate(state.channels):
             before = order.index(index)
-            share = max(0.0, sum(probabilities) - before)
+            share = max(0.0, total - before)
             onset, offset = self._overlap if before else self._speech
             channel.on = share >= (offset if channel.on else onset)
             if channel.on:
@@ -459,7 +472,6 @@ class Turns:
                 events.extend(self._end(index, run, run.last))
             channel.label = 0  # local channels mean nothing across the break
         self.state.weights.clear()
-        self.state.mixed.clear()
         return events + self._fall_silent()
 
     def _look(self, index: int, run: Run) -> list[Event]:
@@ -475,7 +487,9 @@ class Turns:
             carrier = self.voices.carrier(vector, moments.mass / FRAME_RATE)
             if carrier is not None:
                 prior[carrier] = CERTAIN
-        overlapped = self._vector(run.mixed)
+        overlapped = None
+        if not self.clusters.enough(moments.mass):
+            overlapped = self._vector(run.mixed)
         decision = self.clusters.decide(
             run.number,
             vector,
@@ -603,19 +617,17 @@ class Turns:
         The sum of probabilities says how many talk: up to one it is clean, from two on nothing is.
         """
         total = sum(probabilities)
-        weights = list[float]()
+        clean = list[float]()
         for index, own in enumerate(probabilities):
             weight = own
             for other, probability in enumerate(probabilities):
                 if other != index:
                     weight *= 1.0 - probability
-            weights.append(weight)
-        weights[first] = max(0.0, min(total, 2.0 - total))
-        self.state.weights.append(weights)
-        self.state.mixed.append(
-            [max(0.0, own - clean) for own, clean in zip(probabilities, weights, strict=True)]
-        )
-        del self.state.weights[:-HISTORY], self.state.mixed[:-HISTORY]
+            clean.append(weight)
+        clean[first] = max(0.0, min(total, 2.0 - total))
+        mixed = [max(0.0, own - alone) for own, alone in zip(probabilities, clean, strict=True)]
+        self.state.weights.append(Weights(clean, mixed))
+        del self.state.weights[:-HISTORY]
 
     def _listen(self, frames: Frames, row: int) -> list[Event]:
         """Adds a voice row to the runs that its frame belongs to."""
@@ -640,8 +652,8 @@ class Turns:
                 run.filled = 0
                 if len(run.recent) > BLOCKS:
                     run.past.join(run.recent.pop(0))
-            run.recent[-1].add(state.weights[index][number], voice)
-            run.mixed.add(state.mixed[index][number], voice)
+            run.recent[-1].add(state.weights[index].clean[number], voice)
+            run.mixed.add(state.weights[index].mixed[number], voice)
             run.filled += 1
             if run.told and run.filled == self._block and len(run.recent) == BLOCKS:
                 events.extend(self._compare(number, channel, run, sample + HOP))
